@@ -1,0 +1,66 @@
+# Every target sets up all it needs by itself: the environment in .venv is made on first use and again when
+# settings.ini, setup.py or constraints.txt change. Another Python: make PYTHON=python3.12 demo
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/ready
+RUNS   := $(BIN)/papermill --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
+
+VERSIONS := $(shell sed -n 's/^python_versions *= *//p' settings.ini)
+CHECK    := import sys; found = "%d.%d" % sys.version_info[:2]; \
+            found in sys.argv[1:] or sys.exit("This is Python %s, and tinycats runs on %s. Name one of them: \
+            make PYTHON=python%s ..." % (found, " ".join(sys.argv[1:]), sys.argv[len(sys.argv)//2]))
+
+.PHONY: help demo test lab data readme book toy soak sabotage constraints
+
+help: ## say what there is (this list)
+	@awk -F':.*## ' '/^[a-z]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: $(READY) ## train on toy cats and draw a page of them; more parameters: args="-p steps 100"
+	@mkdir -p outputs/demo
+	@$(RUNS) nbs/train.ipynb outputs/demo/train.ipynb -p run demo $(args)
+
+test: $(READY) ## run every test of the book, then those of tests/; for pytest: args="-k house"
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test
+	$(BIN)/python -m pytest tests $(args)
+
+lab: $(READY) ## open the book in JupyterLab
+	@$(BIN)/jupyter-lab $(args) nbs
+
+data: $(READY) ## fetch the Oxford-IIIT Pet pictures once, into data/
+	@$(BIN)/python -c 'from tinycats.data import load_pets; [load_pets(split=s, download=True) for s in ("trainval", "test")]'
+
+book: $(READY) ## write the package and the clean notebooks from nbs/
+	@$(BIN)/nbdev_export
+	@$(BIN)/nbdev_clean
+
+readme: $(READY) ## write README.md from nbs/index.ipynb
+	@$(BIN)/python tests/readme.py
+
+toy: $(READY) ## train the small published model again, into outputs/toy
+	@mkdir -p outputs/toy
+	@$(RUNS) nbs/train.ipynb outputs/toy/train.ipynb -p run toy $(args)
+
+sabotage: $(READY) ## break the book on purpose, one idea at a time: a test has to notice each
+	@$(BIN)/python tests/sabotage.py $(args)
+
+soak: $(READY) ## kill a run a thousand times
+	TINYCATS_KILLS=1000 $(BIN)/python -m pytest tests/test_checkpoint.py $(args)
+
+constraints: $(READY) ## pin the newest versions of everything (in an environment of the oldest Python)
+	@$(BIN)/python -c '$(CHECK)' $(firstword $(VERSIONS))
+	$(BIN)/python -m pip install -q -U --upgrade-strategy eager -e '.[dev]'
+	@{ grep '^#' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable \
+	  | grep -Eiv '^(nvidia|cuda|triton|tinycats|setuptools|wheel|#)' | sed 's/+.*//' | sort -f; } > constraints.new
+	@mv constraints.new constraints.txt
+
+# The stamp comes last, so a set-up cut short is taken up again. An environment of another Python is made anew.
+$(READY): settings.ini setup.py constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here. Name a Python of $(VERSIONS): make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c '$(CHECK)' $(VERSIONS)
+	@echo "Setting up $(VENV) (the first time takes some minutes, most of them for torch)"
+	@test "$$($(BIN)/python -m pip -V 2>/dev/null | sed 's/.*(//')" = "$$($(PYTHON) -c 'import sys; print("python %d.%d)" % sys.version_info[:2])')" \
+	  || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

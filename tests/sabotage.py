@@ -1,0 +1,139 @@
+"""Break the book on purpose, one idea at a time: `make sabotage`, or with words of a title, `make sabotage args=unpatchify`.
+
+A test that cannot fail proves nothing. Each row below changes the text of exported code in a copy of the repository, exports, and
+runs the named notebook (or pytest file). It has to fail, in the very assertion that is named. First, all of them have to
+pass as they are."""
+import json, os, shutil, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ONLY = ("nbs", "tinycats", "tests", "settings.ini", "setup.py", "README.md")
+
+# what is broken | where | {text as it is: text as sabotaged} | who has to notice | in which assertion
+TABLE = [
+    ("unpatchify is scrambled", "01_dit", {"permute(0, 5, 1, 3, 2, 4)": "permute(0, 5, 1, 4, 2, 3)"},
+     "01_dit", "unpatchify(patchify(x1, p), p), x1"),
+    ("tokens are read column by column", "01_dit", {"permute(0, 2, 4, 3, 5, 1)": "permute(0, 4, 2, 3, 5, 1)",
+                                                    "permute(0, 5, 1, 3, 2, 4)": "permute(0, 5, 2, 3, 1, 4)"},
+     "01_dit", "unpatchify(tokens[:, [1]], 16)"),
+    ("the positions are dropped", "01_dit", {"self.embed(patchify(xt, self.patch_size)) + self.positions": "self.embed(patchify(xt, self.patch_size))"},
+     "01_dit", "apart(net(shuffled(x1), t, y), shuffled(out))"),
+    ("the positions whisper", "01_dit", {"return torch.cat([rows, cols], dim=-1)": "return .02*torch.cat([rows, cols], dim=-1)"},
+     "01_dit", "pos.square().mean()"),
+    ("the network does not hear the time", "01_dit", {"c = self.time(time_features(t)) + self.breed(y)": "c = self.breed(y)"},
+     "01_dit", "apart(net(x1, t + .2, y), out)"),
+    ("the network does not hear the breed", "01_dit", {"c = self.time(time_features(t)) + self.breed(y)": "c = self.time(time_features(t))"},
+     "01_dit", "apart(net(x1, t, y + 1), out)"),
+    ("the velocity network says its velocity", "01_dit", {'return out if self.prediction == "clean" else': 'return out if True else'},
+     "01_dit", "assert_close(vel(x1, t, y)"),
+    ("noise is the target", "02_flow", {"t, y).float() - x1.float()": "t, y).float() - x0.float()"},
+     "02_flow", "flow_loss(oracle, x1, y, x0, at(s)).max() == 0"),
+    ("the road runs backwards", "02_flow", {"torch.lerp(x0, x1, t.view": "torch.lerp(x1, x0, t.view"},
+     "02_flow", "interpolate(x0, x1, 0*ones), x0"),
+    ("labels are never dropped", "02_flow", {"return torch.where(torch.rand(len(y), device=y.device) < p, null_class, y)": "return y"},
+     "02_flow", "drop_labels(y, 1.) == 13"),
+    ("guidance pushes away from the breed", "02_flow", {"torch.lerp(null, cond, cfg_scale)": "torch.lerp(cond, null, cfg_scale)"},
+     "02_flow", "guide(a, b, 0), a"),
+    ("the null breed is an Abyssinian", "02_flow", {"torch.full_like(y, null_class)": "torch.zeros_like(y)"},
+     "02_flow", "end(cfg_scale=0) == -1"),
+    ("the sampler divides by the loss's floor", "02_flow", {"if i == num_steps - 1: x = x_hat; break": "",
+                                                            "v = velocity(x_hat, x, t[None])": "v = velocity(x_hat, x, t[None], .05)"},
+     "02_flow", "torch.equal(sample(knows"),
+    ("the average does not warm up", "03_ema", {"return min(decay, (1 + n) / (10 + n))": "return decay"},
+     "03_ema", "decay_at(0, .9999) == .1"),
+    ("the average is the raw weights", "03_ema", {"1 - decay_at(self.n, decay)": "1."},
+     "03_ema", "rtol=1e-4, atol=1e-5"),
+    ("a seal is not looked at", "04_checkpoint", {"if raw[-_SEAL:] != _seal(memoryview(raw)[:-_SEAL]):": "if False:"},
+     "04_checkpoint", 'set(seen["load"]) == {2}'),
+    ("an unfinished file is left behind", "04_checkpoint", {"finally: part.unlink(missing_ok=True)": "finally: pass"},
+     "04_checkpoint", 'os.listdir(note.parent) == ["note"]'),
+    ("the last good checkpoint is removed", "04_checkpoint", {"if s != good and not (keep_every": "if not (keep_every"},
+     "04_checkpoint", "list(steps(folder)) == [180, 170, 150]"),
+    ("labels are never dropped in training", "05_trainer", {'y = drop_labels(y, self.label_drop, getattr(self.model, "num_classes", 13))': ""},
+     "05_trainer", "(torch.cat(seen) == 13)"),
+    ("raw weights are saved as the average", "05_trainer", {"self.ema.update(self.model)": "[m.module.load_state_dict(self.model.state_dict()) for m in self.ema.models.values()]"},
+     "05_trainer", "apart(averages[0]"),
+    ("a resumed run forgets its optimizer", "05_trainer", {'for name in ("model", "ema", "optimizer", "scaler"): getattr': 'for name in ("model", "ema", "scaler"): getattr'},
+     "05_trainer", "course(again) == course(records)"),
+    ("a step without a finite gradient is taken", "05_trainer", {"        if good:\n": "        if True:\n"},
+     "05_trainer", "zip(before,"),
+    ("a misspelt parameter is let through", "10_params", {"if name not in declared: raise ParameterError(_unknown(name, given[name], declared))": "pass"},
+     "10_params", "not refused"),
+    ("half a step is rounded down", "10_params", {"return kind(value) if kind(value) == value else _no(value)": "return kind(value)"},
+     "10_params", "not refused"),
+    ("the parameters papermill wrote are not looked at", "10_params", {"check_params({name: namespace[name] for name in names}, declared)": "check_params({}, declared)"},
+     "tests/test_params.py", "test_refused_in_one_line"),
+]
+
+
+def copy(there):
+    "A working copy of the repository, without its history, environment and runs."
+    for name in ONLY:
+        skip = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        (shutil.copytree if (ROOT/name).is_dir() else shutil.copy)(ROOT/name, there/name, **({"ignore": skip} if (ROOT/name).is_dir() else {}))
+    (there/"outputs").mkdir()
+    for name in ("outputs/toy", "data"):
+        if (ROOT/name).exists(): (there/name).symlink_to(ROOT/name)
+
+
+def patch(path, changes):
+    "Change exported code; every text must be there exactly once, so that a sabotage that has gone stale is noticed."
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    exported = [c for c in nb["cells"] if c["cell_type"] == "code" and "".join(c["source"]).startswith("#| export")]
+    for old, new in changes.items():
+        at = [c for c in exported if old in "".join(c["source"])]
+        if len(at) != 1 or "".join(at[0]["source"]).count(old) != 1:
+            return f"{path.name} has {sum(''.join(c['source']).count(old) for c in exported)} times, not once: {old}"
+        at[0]["source"] = "".join(at[0]["source"]).replace(old, new).splitlines(True)
+    path.write_text(json.dumps(nb), encoding="utf-8")
+
+
+def run(there, *command):
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PYTHONPATH": str(there), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    done = subprocess.run([sys.executable, *command], cwd=there, env=env, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
+
+
+def check(there, who):
+    "Run the notebook or test file that has to notice."
+    if who.startswith("tests/"): return run(there, "-m", "pytest", "-q", "-p", "no:cacheprovider", who)
+    return run(there, str(Path(sys.executable).with_name("nbdev_test")), "--path", f"nbs/{who}.ipynb")
+
+
+def attempt(title, where, changes, who, assertion):
+    "None where the sabotage is noticed as it should be, otherwise what went wrong."
+    with tempfile.TemporaryDirectory() as folder:
+        there = Path(folder)
+        copy(there)
+        if missing := next((n for n in (where, who) if n and "/" not in n and not (there/"nbs"/f"{n}.ipynb").exists()), None):
+            return f"there is no nbs/{missing}.ipynb yet"
+        if where:
+            if stale := patch(there/"nbs"/f"{where}.ipynb", changes): return stale
+            code, said = run(there, str(Path(sys.executable).with_name("nbdev_export")))
+            if code: return f"does not export:\n{said}"
+        code, said = check(there, who)
+    if not where: return said if code else None
+    if not code: return f"{who} passes and does not notice"
+    return None if assertion in said else f"{who} fails, but not in `{assertion}`:\n{said[-3000:]}"
+
+
+def main(words):
+    rows = [r for r in TABLE if not words or any(w in r[0] or w in r[1] for w in words)]
+    as_they_are = [(f"{who} as it is", None, None, who, None) for who in dict.fromkeys(r[3] for r in rows)]
+    wrong, start, broken = 0, time.time(), set()
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for batch in (as_they_are, rows):   # a test that fails as it is notices nothing, so those come first
+            attempts = pool.map(lambda r: f"{r[3]} fails as it is" if r[3] in broken else attempt(*r), batch)
+            for row, problem in zip(batch, attempts):
+                if row[1] is None and problem: broken.add(row[3])
+                told = "passes" if row[1] is None else f"noticed by {row[3]}"
+                print(f"{'WRONG' if problem else 'ok':6}{row[0]}: {problem or told}", flush=True)
+                wrong += bool(problem)
+    print(f"{len(rows)} sabotages in {time.time() - start:.0f} s, {wrong} wrong" if wrong else
+          f"All {len(rows)} sabotages were noticed ({time.time() - start:.0f} s).")
+    return bool(wrong or not rows)
+
+
+if __name__ == "__main__": sys.exit(main(sys.argv[1:]))
