@@ -40,7 +40,9 @@ readme: $(READY) ## write README.md from nbs/index.ipynb
 
 toy: $(READY) ## train the small published model again, into outputs/toy
 	@mkdir -p outputs/toy
-	@$(RUNS) nbs/train.ipynb outputs/toy/train.ipynb -p run toy $(args)
+	@$(RUNS) nbs/train.ipynb outputs/toy/train.ipynb -f nbs/params/toy.yaml $(args)
+	@$(BIN)/python -c 'import torch; from tinycats.dit import load_model, save_model; m = load_model("outputs/toy"); \
+	  save_model(m, "outputs/toy/ema.safetensors", torch.bfloat16, **m.facts)'
 
 sabotage: $(READY) ## break the book on purpose, one idea at a time: a test has to notice each
 	@$(BIN)/python tests/sabotage.py $(args)

@@ -7,11 +7,11 @@ __all__ = ['log', 'lr_at', 'pick_precision', 'run_facts', 'step_seed', 'accumula
            'Trainer', 'progress']
 
 # %% ../nbs/05_trainer.ipynb #c02
-import contextlib, json, logging, math, platform, signal, subprocess, threading, time, warnings
+import contextlib, hashlib, json, logging, math, platform, signal, subprocess, threading, time, warnings
 from pathlib import Path
 import tinycats, torch
 from torch import nn, Tensor
-from .checkpoint import claim, load, load_latest, save, write_whole
+from .checkpoint import claim, load, load_latest, save, steps as checkpoint_steps, write_whole
 from .ema import EMA
 from .flow import drop_labels, flow_loss, logit_normal_times
 
@@ -63,11 +63,8 @@ def step_seed(
     seed:int, # the run's seed
     step:int, # the step
 ) -> int: # a seed of 63 bits
-    "One seed for each (seed, step), far from all the others (the mixing function of SplitMix64)."
-    z = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & (2**64 - 1)
-    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & (2**64 - 1)
-    return (z ^ z >> 31) >> 1
+    "One seed for each (seed, step), far from all the others."
+    return int.from_bytes(hashlib.blake2b(f"{seed}, {step}".encode(), digest_size=8).digest(), "little") >> 1
 
 # %% ../nbs/05_trainer.ipynb #c16
 def accumulate(
@@ -157,7 +154,7 @@ class Trainer:
 
     def fit(self):
         "Train to the last step, yielding records; a complete run returns at once, a stopped one goes on."
-        with claim(self.folder), heed_signals() as told:
+        with claim(self.folder) as self.held, heed_signals() as told:
             self.go_on()
             self.begun = self.logged = time.time(), self.step
             self.write_config()
@@ -234,7 +231,8 @@ class Trainer:
             pictures=len(self.cats), breeds=self.cats.num_classes) | getattr(self.model, "config", {})
 
     def save(self):
-        "Write a checkpoint with everything the next step depends on."
+        "Write a checkpoint with everything the next step depends on, if the folder is still ours."
+        self.held.beat()
         state = dict(model=self.model.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
             sums=self.sums, bad=self.bad, micro=self.micro, train_seconds=self.train_seconds, identity=self.identity)
         return save(self.checkpoints, self.step, state, keep=self.keep, keep_every=self.keep_every)
@@ -247,6 +245,8 @@ class Trainer:
             raise FileExistsError(f"resume 'never', but {self.folder} holds a run that has begun: choose another run name, or resume 'auto'")
         if found:
             self.step, state = found
+            later = [n for n in checkpoint_steps(self.checkpoints) if n > self.step]
+            if later: raise ValueError(f"resume {self.resume} is at step {self.step}, but {self.folder} has gone on to {max(later)}: choose another run name")
             _check_identity(state["identity"], self.identity, self.changes, self.folder)
             for name in ("model", "ema", "optimizer", "scaler"): getattr(self, name).load_state_dict(state[name])
             self.sums.copy_(state["sums"])
