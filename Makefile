@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+run    ?= demo
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 RUNS   := $(BIN)/papermill --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
@@ -17,9 +18,9 @@ CHECK    := import sys; found = "%d.%d" % sys.version_info[:2]; \
 help: ## say what there is (this list)
 	@awk -F':.*## ' '/^[a-z]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-demo: $(READY) ## train on toy cats and draw a page of them; more parameters: args="-p steps 100"
-	@mkdir -p outputs/demo
-	@$(RUNS) nbs/train.ipynb outputs/demo/train.ipynb -p run demo $(args)
+demo: $(READY) ## train on toy cats and draw a page of them; another run: run=longer args="-p steps 9000"
+	@mkdir -p outputs/$(run)
+	@$(RUNS) nbs/train.ipynb outputs/$(run)/train.ipynb $(args) -p run $(run)
 
 test: $(READY) ## run every test of the book, then those of tests/; for pytest: args="-k house"
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test

@@ -162,8 +162,8 @@ class Trainer:
                 while self.step < self.steps and not told:
                     self.take_step()
                     if self.step % self.log_every == 0 or self.step == self.steps: yield self.record()
-                    if self.on_sample and self.sample_every and self.step % self.sample_every == 0: self.on_sample(self)
                     if self.step % self.checkpoint_every == 0 or self.step == self.steps or told: self.save()
+                    if self.on_sample and self.sample_every and self.step % self.sample_every == 0: self.on_sample(self)
             except GeneratorExit: self.save(); raise
             finally: self.write_config()
         if told and self.step < self.steps:
