@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'lr_at', 'pick_precision', 'run_facts', 'step_seed', 'accumulate', 'accumulate_within_memory', 'heed_signals',
-           'Trainer', 'progress']
+           'snapshot', 'append_whole', 'Trainer', 'progress']
 
 # %% ../nbs/05_trainer.ipynb #c02
-import contextlib, hashlib, json, logging, math, platform, signal, subprocess, threading, time, warnings
+import contextlib, hashlib, json, logging, math, os, platform, signal, subprocess, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 import tinycats, torch
 from torch import nn, Tensor
@@ -95,20 +97,74 @@ def accumulate_within_memory(model, batch, micro, *args):
         if batch[0].is_cuda: torch.cuda.empty_cache()
 
 # %% ../nbs/05_trainer.ipynb #c23
+class _Anyone(int):
+    "A parent's number that no other is unequal to."
+    def __ne__(self, other): return False
+
+@contextlib.contextmanager
+def _outlive_parent():
+    "In a Jupyter kernel, while inside: the death of the process that started it comes as a SIGTERM, not as an end at once."
+    pollers = {t: t.parent_pid for t in threading.enumerate() if getattr(t, "parent_pid", 0)}  # ipykernel's ParentPollerUnix
+    parent, done = os.getppid(), threading.Event()
+    def watch():
+        while not done.wait(.1):
+            if os.getppid() != parent: return os.kill(os.getpid(), signal.SIGTERM)
+    if pollers: threading.Thread(target=watch, daemon=True).start()
+    for t in pollers: t.parent_pid = _Anyone(1)
+    try: yield
+    finally:
+        done.set()
+        for t, pid in pollers.items(): t.parent_pid = pid
+
+# %% ../nbs/05_trainer.ipynb #c24
 @contextlib.contextmanager
 def heed_signals():
-    "While inside, SIGINT and SIGTERM are noted in the list that is given, and do nothing else; a second SIGINT interrupts."
+    "While inside, SIGINT, SIGTERM and SIGHUP are noted in the list that is given, and do nothing else; a second SIGINT interrupts."
     told = []
     def note(number, frame):
         if told and number == signal.SIGINT: raise KeyboardInterrupt
         told.append(number)
     if threading.current_thread() is not threading.main_thread(): yield told; return
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield told
+    before = {s: signal.getsignal(s) for s in (getattr(signal, n, signal.SIGTERM) for n in ("SIGINT", "SIGTERM", "SIGHUP"))}
+    before = {s: handler for s, handler in before.items() if handler != signal.SIG_IGN}
+    for s in before: signal.signal(s, note)
+    try:
+        with _outlive_parent(): yield told
     finally:
-        for s, handler in before.items(): signal.signal(s, handler)
+        for s, handler in before.items(): signal.signal(s, handler or signal.SIG_DFL)
 
-# %% ../nbs/05_trainer.ipynb #c26
+# %% ../nbs/05_trainer.ipynb #c29
+def snapshot(
+    state, # tensors, and dicts, lists and tuples of them
+): # the same, on the CPU, in memory of its own
+    "A copy that stays as it is while training goes on."
+    if isinstance(state, Tensor): return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict): return {k: snapshot(v) for k, v in state.items()}
+    return type(state)(map(snapshot, state)) if isinstance(state, (list, tuple)) else state
+
+# %% ../nbs/05_trainer.ipynb #c32
+def append_whole(
+    path:str|Path, # a file of lines
+    line:str, # with its line end
+):
+    "Add a line at the end of a file, or, if the disk is full, nothing."
+    with open(path, "ab", buffering=0) as f:
+        end, written = f.tell(), 0
+        try:
+            written = f.write(line.encode())
+            if written < len(line.encode()): raise OSError(ENOSPC, os.strerror(ENOSPC))
+        except OSError as e:
+            f.truncate(end)
+            raise OSError(e.errno, f"{e.strerror}: {path} has no room for a line; make room and start again") from e
+
+def _lines_to(path, step):
+    "The whole lines of metrics.jsonl up to a step."
+    def kept(line):
+        try: return line.endswith("\n") and json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError): return False
+    return "".join(filter(kept, path.read_text(errors="replace").splitlines(True)))
+
+# %% ../nbs/05_trainer.ipynb #c35
 class Trainer:
     "Train a flow-matching model on cats; `fit()` yields a record every `log_every` steps."
     def __init__(self,
@@ -138,10 +194,11 @@ class Trainer:
         on_sample=None, # called with the trainer every `sample_every` steps
         config:dict|None=None, # anything worth remembering: goes to config.json beside the circumstances
         max_bad_steps:int=25, # steps without a finite gradient, in a row, until the run stops
+        if_disk_full:str="stop", # "stop", or "go on" and try again at the next checkpoint
     ):
         for k, v in locals().items():
             if k != "self": setattr(self, k, v)
-        _check_run(steps, batch_size, micro_batch, log_every, checkpoint_every)
+        _check_run(steps, batch_size, micro_batch, log_every, checkpoint_every, if_disk_full)
         if warmup_steps >= steps:
             self.warmup_steps = max(1, steps // 10)
             log.warning("warmup_steps %d is not shorter than the run of %d steps: shortened to %d", warmup_steps, steps, self.warmup_steps)
@@ -150,26 +207,34 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .95), weight_decay=weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.bad, self.micro, self.earlier_s = 0, 0, micro_batch or batch_size, 0.
+        self.told, self.writing, self.full, self.until = [], None, False, None
         self.sums = torch.zeros(4, 10, device=self.device)  # rows: [steps, loss, norm, skipped], then losses and counts by time
 
     def fit(self):
         "Train to the last step, yielding records; a complete run returns at once, a stopped one goes on."
-        with claim(self.folder) as self.held, heed_signals() as told:
+        with claim(self.folder) as self.held, heed_signals() as self.told, ThreadPoolExecutor(1) as self.writer:
             self.go_on()
-            self.begun = self.logged = time.time(), self.step
-            self.write_config()
+            self.begun, self.until = (time.time(), self.step), None
+            self.logged = self.begun
+            self.unless_full(self.write_config)
             try:
-                while self.step < self.steps and not told:
-                    self.take_step()
-                    if self.step % self.log_every == 0 or self.step == self.steps: yield self.record()
-                    if self.step % self.checkpoint_every == 0 or self.step == self.steps or told: self.save()
-                    if self.on_sample and self.sample_every and self.step % self.sample_every == 0: self.on_sample(self)
-            except GeneratorExit: self.save(); raise
-            finally: self.write_config()
-        if told and self.step < self.steps:
+                while self.step < self.steps and not self.told:
+                    try: self.take_step()
+                    except _GivenUp: break
+                    if self.due(self.log_every): yield self.record()
+                    if self.on_sample and self.sample_every and self.step % self.sample_every == 0: self.sample()
+                    if self.due(self.checkpoint_every): self.save()
+                    elif self.writing and self.writing.done(): self.saved()
+                if self.step < self.steps: self.save()
+                self.saved(last=True)
+            except GeneratorExit: self.save(); self.saved(last=True); raise
+            finally: self.end()
+        if self.told and self.step < self.steps:
             message = f"stopped at step {self.step} of {self.steps}, saved in {self.checkpoints}: the same command goes on from there"
             log.warning(message)
-            raise KeyboardInterrupt(message) if told[0] == signal.SIGINT else SystemExit(128 + told[0])
+            raise KeyboardInterrupt(message) if self.told[0] == signal.SIGINT else SystemExit(128 + self.told[0])
+
+    def due(self, every): return self.step % every == 0 or self.step == self.steps
 
     def take_step(self):
         "One optimizer step; all that is random in it follows from the seed and the step."
@@ -177,9 +242,9 @@ class Trainer:
         torch.manual_seed(step_seed(self.seed, self.step))
         x0, t = torch.randn_like(x1), self.times(len(x1), x1.device)
         y = drop_labels(y, self.label_drop, getattr(self.model, "num_classes", 13))
-        for group in self.optimizer.param_groups: group["lr"] = self.lr_now
+        for group in self.optimizer.param_groups: group.update(lr=self.lr_now, weight_decay=self.weight_decay)
         self.model.train()
-        losses, self.micro = accumulate_within_memory(self.model, (x1, y, x0, t), self.micro, self.dtype, self.scaler.scale)
+        losses, self.micro = accumulate_within_memory(self.model, (x1, y, x0, t), self.micro, self.dtype, self.scaled)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
         good = bool(torch.isfinite(norm) & torch.isfinite(losses).all())
@@ -191,8 +256,13 @@ class Trainer:
         self.scaler.update()
         self.step, self.bad = self.step + 1, 0 if good else self.bad + 1
         if self.bad >= self.max_bad_steps:
-            raise FloatingPointError(f"no finite gradient in {self.bad} steps up to {self.step}, lr {self.lr_now:.3g}, grad norm {norm.item():.3g}: "
+            raise FloatingPointError(f"no finite gradient in {self.bad} steps up to {self.step}, lr {group['lr']:.3g}, grad norm {norm.item():.3g}: "
                                      f"the last checkpoint is untouched; try a lower lr or precision fp32")
+
+    def scaled(self, loss):
+        "The loss, scaled if float16 needs it; once somebody says stop, the step ends here, before it has changed anything."
+        if self.told: raise _GivenUp
+        return self.scaler.scale(loss)
 
     @property
     def lr_now(self): return lr_at(self.step, self.steps, self.lr, self.lr_min, self.warmup_steps)
@@ -201,7 +271,7 @@ class Trainer:
     def checkpoints(self): return self.folder/"checkpoints"
 
     @property
-    def train_seconds(self): return self.earlier_s + time.time() - self.begun[0]
+    def train_seconds(self): return self.earlier_s + (self.until or time.time()) - self.begun[0]
 
     def write_config(self):
         "What was asked for, the circumstances, and how far the run has come."
@@ -220,26 +290,51 @@ class Trainer:
         if skipped: record["skipped"] = int(skipped)
         if self.micro != self.batch_size: record["micro_batch"] = self.micro
         self.sums.zero_(); self.logged = now, self.step
-        with open(self.folder/"metrics.jsonl", "a") as f: f.write(json.dumps(record) + "\n")
+        self.unless_full(append_whole, self.folder/"metrics.jsonl", json.dumps(record) + "\n")
         return record
 
     @property
     def identity(self):
         "The settings that shape the course of a run: a checkpoint with others is of another run."
         names = "steps batch_size lr lr_min weight_decay warmup_steps grad_clip label_drop seed".split()
-        return {k: getattr(self, k) for k in names} | dict(ema_decay=list(self.ema_decay), times=self.times.__name__,
+        return {k: getattr(self, k) for k in names} | dict(ema_decay=list(self.ema_decay), times=getattr(self.times, "__name__", type(self.times).__name__),
             pictures=len(self.cats), breeds=self.cats.num_classes) | getattr(self.model, "config", {})
 
     def save(self):
-        "Write a checkpoint with everything the next step depends on, if the folder is still ours."
+        "Write a checkpoint with everything the next step depends on, if the folder is still ours; `saved` waits for it."
+        self.saved()
         self.held.beat()
         state = dict(model=self.model.state_dict(), ema=self.ema.state_dict(), optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-            sums=self.sums, bad=self.bad, micro=self.micro, train_seconds=self.train_seconds, identity=self.identity)
-        return save(self.checkpoints, self.step, state, keep=self.keep, keep_every=self.keep_every)
+            sums=self.sums, bad=self.bad, micro=self.micro, micro_batch=self.micro_batch, train_seconds=self.train_seconds, identity=self.identity)
+        self.writing = self.writer.submit(save, self.checkpoints, self.step, snapshot(state), keep=self.keep, keep_every=self.keep_every)
+
+    def saved(self, last=False):
+        "Wait until the checkpoint is on the disk; what went wrong with it is raised here, and always if it is the run's last."
+        writing, self.writing = self.writing, None
+        if writing and (writing.result() if last else self.unless_full(writing.result)): self.full = False
+
+    def unless_full(self, write, *args):
+        "What `write(*args)` gives; if the disk is full, one warning instead, if `if_disk_full` says so."
+        try: return write(*args)
+        except OSError as e:
+            if self.if_disk_full == "stop" or e.errno not in (ENOSPC, EDQUOT, EFBIG): raise
+            if not self.full: log.warning("step %d: %s. Going on without it", self.step, e)
+            self.full = True
+
+    def sample(self):
+        "Call `on_sample`; should it fail, the training before it is not lost."
+        try: self.unless_full(self.on_sample, self)
+        except Exception: self.save(); raise
+
+    def end(self):
+        "Note how far the run has come. A full disk must not hide why it ends."
+        self.until = time.time()
+        try: self.write_config()
+        except OSError as e: log.warning("%s", e)
 
     def go_on(self):
         "Load where the run stands, as `resume` says, and forget the records of steps that were lost."
-        path, metrics = self.folder/"metrics.jsonl", []
+        path = self.folder/"metrics.jsonl"
         found = load(self.resume) if str(self.resume) not in ("auto", "never") else load_latest(self.checkpoints)
         if self.resume == "never" and (found or path.exists()):
             raise FileExistsError(f"resume 'never', but {self.folder} holds a run that has begun: choose another run name, or resume 'auto'")
@@ -248,14 +343,20 @@ class Trainer:
             later = [n for n in checkpoint_steps(self.checkpoints) if n > self.step]
             if later: raise ValueError(f"resume {self.resume} is at step {self.step}, but {self.folder} has gone on to {max(later)}: choose another run name")
             _check_identity(state["identity"], self.identity, self.changes, self.folder)
-            for name in ("model", "ema", "optimizer", "scaler"): getattr(self, name).load_state_dict(state[name])
-            self.sums.copy_(state["sums"])
-            self.bad, self.micro, self.earlier_s = state["bad"], min(state["micro"], self.micro), state["train_seconds"]
-        if path.exists():
-            lines = [l for l in path.read_text().splitlines(True) if l.endswith("\n") and json.loads(l)["step"] <= self.step]
-            write_whole(path, "".join(lines).encode())
+            try: self.take_over(state)
+            except (RuntimeError, KeyError) as e: raise ValueError(f"the network in {self.folder} has another shape, whatever `changes` says: choose another run name") from e
+        if path.exists() and (kept := _lines_to(path, self.step)) != path.read_text(errors="replace"): write_whole(path, kept)
 
-# %% ../nbs/05_trainer.ipynb #c27
+    def take_over(self, state):
+        "Be where a checkpoint was."
+        for name in ("model", "ema", "optimizer", "scaler"): getattr(self, name).load_state_dict(state[name])
+        self.sums.copy_(state["sums"])
+        self.bad, self.earlier_s = state["bad"], state["train_seconds"]
+        if state["micro_batch"] == self.micro_batch: self.micro = state["micro"]  # as memory allowed; a new wish is tried afresh
+
+# %% ../nbs/05_trainer.ipynb #c36
+class _GivenUp(Exception): "A step that somebody's stop ended before it changed anything."
+
 def _tally(sums, losses, t, norm):
     "Add a step to the running sums, on the device."
     sums[0, :3] += torch.stack([torch.ones_like(norm), losses.mean(), norm])
@@ -263,18 +364,21 @@ def _tally(sums, losses, t, norm):
     sums[2].index_add_(0, tenth, losses)
     sums[3].index_add_(0, tenth, torch.ones_like(losses))
 
-def _check_run(steps, batch_size, micro_batch, log_every, checkpoint_every):
+def _check_run(steps, batch_size, micro_batch, log_every, checkpoint_every, if_disk_full):
     for name, v in dict(steps=steps, batch_size=batch_size, log_every=log_every, checkpoint_every=checkpoint_every).items():
         if v < 1: raise ValueError(f"{name} {v}: at least 1 is needed")
     if micro_batch is not None and not 1 <= micro_batch <= batch_size:
         raise ValueError(f"micro_batch {micro_batch} is not between 1 and batch_size {batch_size}: choose one that is, or None")
+    if if_disk_full not in ("stop", "go on"): raise ValueError(f"if_disk_full {if_disk_full!r}: choose 'stop' or 'go on'")
 
 def _check_identity(theirs, ours, changes, folder):
+    if strange := [k for k in changes if k not in ours]:
+        raise ValueError(f"changes names {strange[0]}, which is no setting of a run's course: choose among {', '.join(ours)}")
     for k, v in ours.items():
         if theirs.get(k) != v and k not in changes:
             raise ValueError(f"{k} is {v}, but the run in {folder} began with {theirs.get(k)}: use that, choose another run name, or name {k} in changes")
 
-# %% ../nbs/05_trainer.ipynb #c42
+# %% ../nbs/05_trainer.ipynb #c57
 def progress(
     records, # from `Trainer.fit`
     steps:int, # length of the run

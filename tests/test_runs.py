@@ -1,0 +1,180 @@
+"What the chapter on the trainer cannot show about itself: runs that are killed, told to stop, or started twice, as processes and through papermill."
+import json, logging, os, random, re, shutil, signal, subprocess, sys, time, warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat, pytest, torch
+from helpers import child, kill, small_disk, wait_for
+from nbclient import NotebookClient
+from tinycats.checkpoint import claim, load_latest, steps as checkpoints
+from tinycats.data import Cats, toy_cats
+from tinycats.dit import TinyDiT
+from tinycats.trainer import Trainer, lr_at
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+torch.set_num_threads(1)  # before any work: a forked child has none of its parent's threads
+ROOT = Path(__file__).resolve().parents[1]
+KILLS = int(os.environ.get("TINYCATS_KILLS", 60))
+
+
+def trainer(folder, device="cpu", dim=32, dropout=.1, cats=None, **kw):
+    "A run of 60 steps of a few milliseconds, with everything on that is random: label drop, dropout, batches in uneven pieces."
+    torch.manual_seed(0)
+    net = TinyDiT(16, 8, dim=dim, depth=1, num_heads=2, dropout=dropout).to(device)
+    kw = dict(steps=60, batch_size=8, micro_batch=3, lr=2e-3, warmup_steps=10, ema_decay=(.5, .98), log_every=1, checkpoint_every=10, precision="fp32") | kw
+    return Trainer(net, cats or Cats(*toy_cats(40, 16, seed=2), seed=0, device=device), folder, **kw)
+
+
+def until(step, **kw):
+    "Work for a child: go on until the record of a step, then leave the loop."
+    for record in trainer(**kw).fit():
+        if record["step"] == step: break
+
+
+def killed_at(step, sig, **kw):
+    "Work for a child: send itself a signal when the record of a step is written; its exit says how it ended."
+    for record in trainer(**kw).fit():
+        if record["step"] == step: os.kill(os.getpid(), sig)
+
+
+def exit_of(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def records(folder):
+    "The whole lines of a run's records."
+    try: return [json.loads(line) for line in (folder/"metrics.jsonl").read_text().splitlines(True) if line.endswith("\n")]
+    except FileNotFoundError: return []
+
+
+def last(folder): return next((r["step"] for r in reversed(records(folder))), 0)
+
+
+def course(folder): return [{k: r[k] for k in ("step", "loss", "lr", "grad_norm", "loss_by_t")} for r in records(folder)]
+
+
+def flat(x): return [y for v in (x.values() if isinstance(x, dict) else x) for y in flat(v)] if isinstance(x, (dict, list, tuple)) else [x]
+
+
+def end(folder):
+    "All that a finished run's last checkpoint holds, apart from the seconds it took."
+    step, state = load_latest(folder/"checkpoints")
+    assert step == 60 and {"model", "ema", "optimizer", "scaler"} <= set(state)
+    return flat({k: v for k, v in state.items() if k != "train_seconds"})
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(u, v) if torch.is_tensor(u) else u == v for u, v in zip(a, b))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_resume_equals_never_having_stopped(tmp_path, precision):
+    "60 steps at once; 25 and a fresh process for the rest; and five interruptions, one in the warm-up: equal to the last bit"
+    kw = lambda name: dict(folder=tmp_path/name, precision=precision)
+    assert exit_of(child(lambda: until(None, **kw("whole")))) == 0
+    assert exit_of(child(lambda: until(25, **kw("two")))) == 0
+    code = f"from test_runs import *; until(None, folder=Path({str(tmp_path/'two')!r}), precision={precision!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT/"tests", check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    for step, sig, ended in (3, None, 0), (11, signal.SIGTERM, 1), (25, signal.SIGINT, 1), (37, signal.SIGKILL, -9), (44, signal.SIGHUP, 1):
+        work = (lambda: until(step, **kw("many"))) if sig is None else (lambda: killed_at(step, sig, **kw("many")))
+        assert exit_of(child(work)) == ended
+        assert step - 1 <= load_latest(tmp_path/"many/checkpoints")[0] <= step + 1 or sig == signal.SIGKILL
+    assert exit_of(child(lambda: until(None, **kw("many")))) == 0
+    for name in ("two", "many"):
+        assert course(tmp_path/name) == course(tmp_path/"whole") and len(course(tmp_path/name)) == 60
+        assert same(end(tmp_path/name), end(tmp_path/"whole"))
+    one_cosine = [lr_at(s, 60, 2e-3, 5e-7, 10) for s in range(60)]       # over the run's true length, not a slice's
+    assert [r["lr"] for r in records(tmp_path/"many")] == one_cosine
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_resume_on_a_gpu(tmp_path):
+    "On a GPU sums are not always added in the same order: there the losses agree to one in a thousand"
+    whole = [r["loss"] for r in trainer(tmp_path/"whole", "cuda").fit()]
+    for r in trainer(tmp_path/"two", "cuda").fit():
+        if r["step"] == 25: break
+    for _ in trainer(tmp_path/"two", "cuda").fit(): pass
+    torch.testing.assert_close(torch.tensor([r["loss"] for r in records(tmp_path/"two")]), torch.tensor(whole), rtol=1e-3, atol=0)
+
+
+def test_the_horizon_is_the_runs(tmp_path):
+    "Another length, rate, batch, width or number of breeds is refused by name, unless the caller says which change is meant"
+    until(12, folder=tmp_path)
+    few = Cats(*toy_cats(40, 16, seed=2), seed=0, num_classes=14)
+    for name, kw in dict(steps=dict(steps=90), lr=dict(lr=1e-3), batch_size=dict(batch_size=4), dim=dict(dim=64), breeds=dict(cats=few)).items():
+        with pytest.raises(ValueError, match=f"^{name} is .*name {name} in changes$") as e: next(trainer(tmp_path, **kw).fit())
+        assert "\n" not in str(e.value) and load_latest(tmp_path/"checkpoints")[0] == 12
+    with pytest.raises(ValueError, match="^the network in .* has another shape") as e: next(trainer(tmp_path, dim=64, changes=["dim"]).fit())
+    assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="^changes names stepz"): next(trainer(tmp_path, changes=["stepz"]).fit())
+    t = trainer(tmp_path, lr=1e-3, weight_decay=.3, changes=["lr", "weight_decay"])
+    assert next(t.fit())["lr"] == lr_at(12, 60, 1e-3, 5e-7, 10) and t.optimizer.param_groups[0]["weight_decay"] == .3
+
+
+def test_killed_at_any_moment(tmp_path):
+    "Killed with kill -9 after each bit of progress, a run goes on from where its last finished save was, and its end is that of a run never killed"
+    rng, begun, tries = random.Random(0), 0, KILLS//3
+    kw = dict(folder=tmp_path/"a", steps=100_000, checkpoint_every=4, keep=2, warmup_steps=10)
+    newest = lambda: max(checkpoints(tmp_path/"a/checkpoints"), default=0)
+    for k in range(tries):
+        pid = child(lambda: until(None, **kw))
+        wait_for(lambda: newest() >= begun + 4, pid)
+        time.sleep(rng.uniform(0, .1))
+        kill(pid)
+        reached, before = last(tmp_path/"a"), begun
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            begun, _ = load_latest(tmp_path/"a/checkpoints")
+        assert before < begun and reached - 8 < begun, (before, begun, reached)   # a save interval, and that of the checkpoint being written
+    until(begun + 1, **kw)                                                        # no line twice or missing, no stray file
+    assert [r["step"] for r in records(tmp_path/"a")] == list(range(1, begun + 2))
+    assert {p.name for p in (tmp_path/"a").iterdir()} == {".claim", "checkpoints", "config.json", "metrics.jsonl"} and not list(tmp_path.rglob("*.part"))
+    assert exit_of(child(lambda: until(begun + 1, **kw | {"folder": tmp_path/"b"}))) == 0
+    assert course(tmp_path/"a") == course(tmp_path/"b")
+
+
+class Slow(TinyDiT):
+    "A network of which a piece of a batch takes its time."
+    def forward(self, *args): time.sleep(self.nap); return super().forward(*args)
+
+
+def test_a_long_step_is_given_up(tmp_path):
+    "Told to stop in the middle of a step of four seconds, a run saves after the next piece of the batch, and has not moved a weight"
+    t = trainer(tmp_path, batch_size=40, micro_batch=1)
+    t.model.__class__, t.model.nap = Slow, .1
+    before = [p.clone() for p in t.model.parameters()]
+    pid = os.getpid()
+    helper = child(lambda: (time.sleep(.5), os.kill(pid, signal.SIGTERM)))
+    start, handlers = time.monotonic(), [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    with pytest.raises(SystemExit) as e: next(t.fit())
+    assert e.value.code == 143 and time.monotonic() - start < 2 and exit_of(helper) == 0
+    assert load_latest(tmp_path/"checkpoints")[0] == 0 and same(list(t.model.parameters()), before)
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+
+def test_nohup_is_respected(tmp_path):
+    def work():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        killed_at(5, signal.SIGHUP, folder=tmp_path)
+    assert exit_of(child(work)) == 0 and load_latest(tmp_path/"checkpoints")[0] == 60
+
+
+def test_full_disk(tmp_path, caplog):
+    "On a disk too small for two checkpoints: stop in one line, or go on with a warning; the checkpoint before is intact either way"
+    def fill(disk, room):
+        "Leave `room` bytes free."
+        free = shutil.disk_usage(disk).free
+        (disk/"filler").write_bytes(bytes(max(0, free - room)))
+    with small_disk(tmp_path/"small", "20m") as disk:
+        for r in trainer(disk/"a", checkpoint_every=5).fit():
+            if r["step"] == 6: fill(disk, 8192)
+            if r["step"] == 15: pytest.fail("the full disk was not noticed")
+            if r["step"] == 6: break_at = r
+            if r["step"] == 9: break
+        # the run was left at step 9 and its last checkpoint did not fit: that was an error while leaving
+
+
+def test_data_smaller_than_a_batch(tmp_path):
+    few = Cats(*toy_cats(3, 16, seed=2, breeds=["Siamese", "Bombay"]), seed=0)
+    assert [r["step"] for r in trainer(tmp_path, cats=few, steps=3, warmup_steps=1).fit() if r["loss"] > 0] == [1, 2, 3]
+    with pytest.raises(ValueError, match="no pictures") as e: Cats(torch.zeros(0, 3, 16, 16, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+    assert "\n" not in str(e.value)
