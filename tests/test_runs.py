@@ -4,8 +4,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat, pytest, torch
-from helpers import child, kill, small_disk, wait_for
 from nbclient import NotebookClient
+from test_checkpoint import KILLS, child, kill, small_disk, wait_for
 from tinycats.checkpoint import claim, load_latest, steps as checkpoints
 from tinycats.data import Cats, toy_cats
 from tinycats.dit import TinyDiT
@@ -14,7 +14,6 @@ from tinycats.trainer import Trainer, lr_at
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 torch.set_num_threads(1)  # before any work: a forked child has none of its parent's threads
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = int(os.environ.get("TINYCATS_KILLS", 60))
 
 
 def trainer(folder, device="cpu", dim=32, dropout=.1, cats=None, **kw):
@@ -158,19 +157,40 @@ def test_nohup_is_respected(tmp_path):
     assert exit_of(child(work)) == 0 and load_latest(tmp_path/"checkpoints")[0] == 60
 
 
-def test_full_disk(tmp_path, caplog):
-    "On a disk too small for two checkpoints: stop in one line, or go on with a warning; the checkpoint before is intact either way"
-    def fill(disk, room):
-        "Leave `room` bytes free."
-        free = shutil.disk_usage(disk).free
-        (disk/"filler").write_bytes(bytes(max(0, free - room)))
-    with small_disk(tmp_path/"small", "20m") as disk:
-        for r in trainer(disk/"a", checkpoint_every=5).fit():
-            if r["step"] == 6: fill(disk, 8192)
-            if r["step"] == 15: pytest.fail("the full disk was not noticed")
-            if r["step"] == 6: break_at = r
-            if r["step"] == 9: break
-        # the run was left at step 9 and its last checkpoint did not fit: that was an error while leaving
+def fill(disk, room):
+    "Leave `room` bytes free, or, with None, all that was filled before."
+    (disk/"filler").write_bytes(b"")
+    if room is not None: (disk/"filler").write_bytes(bytes(shutil.disk_usage(disk).free - room))
+
+
+def crowded(disk, name, room, full_at, free_at=None, **kw):
+    "A run on a disk that becomes full at one step and is free again from another on."
+    fill(disk, None)
+    for r in trainer(disk/name, keep=2, **kw).fit():
+        if r["step"] == full_at: fill(disk, room)
+        if r["step"] == free_at: fill(disk, None)
+
+
+@pytest.mark.parametrize("room", [64 << 10, 0], ids=["room for records", "no room at all"])
+def test_full_disk(tmp_path, caplog, room):
+    "Stop in one line, or go on with one warning; either way the checkpoint before is intact, and so is every line of the records"
+    with small_disk(tmp_path/"small", "8m") as disk:
+        with pytest.raises(OSError) as e: crowded(disk, "stops", room, 12)
+        assert re.search(r"No space left on device: .*(step_0000020.pt needs|metrics.jsonl has)", str(e.value)) and "\n" not in str(e.value)
+        assert list(checkpoints(disk/"stops/checkpoints")) == [10] and load_latest(disk/"stops/checkpoints")[0] == 10
+        fill(disk, None)
+        assert [r["step"] for r in trainer(disk/"stops").fit()][0] == 11           # with room made, the same command goes on
+        shutil.rmtree(disk/"stops"); caplog.clear()
+
+        crowded(disk, "goes", room, 12, 25, if_disk_full="go on")
+        assert load_latest(disk/"goes/checkpoints")[0] == 60 and list(checkpoints(disk/"goes/checkpoints")) == [60, 50]
+        assert len(caplog.records) == 1 and "Going on without it" in caplog.text
+        steps = [r["step"] for r in records(disk/"goes")]                            # every line can be read, and none is cut short
+        assert steps[-1] == 60 and (disk/"goes/metrics.jsonl").read_text().endswith("\n") and (steps == list(range(1, 61))) == (room > 0)
+        shutil.rmtree(disk/"goes")
+
+        with pytest.raises(OSError, match="No space left.*step_0000060.pt needs"): crowded(disk, "never", room, 12, if_disk_full="go on")
+        assert list(checkpoints(disk/"never/checkpoints")) == [10] and load_latest(disk/"never/checkpoints")[0] == 10
 
 
 def test_data_smaller_than_a_batch(tmp_path):
