@@ -23,6 +23,8 @@ def _prepared(nb):
             cell.source = "\n".join(line for line in lines if not line.startswith("#|")).strip("\n")
             if "echo: false" in directives: cell.metadata["transient"] = {"remove_source": True}
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            for o in cell.outputs:
+                if "image/png" in o.get("data", {}): o.data.pop("image/jpeg", None)   # Pillow offers both
         yield cell
 
 

@@ -45,7 +45,7 @@ def breed_sheet(
     rows = [(labels == b).nonzero().flatten()[:per_breed].tolist() for b in labels.unique()]
     blocks = [[grid(p[r], per_breed, scale) for r in rows] for p in sets.values()]
     font = ImageFont.load_default(12)
-    left, top = 8 + int(max(font.getlength(_words(c)) for c in classes)), 18 if any(sets) else 0
+    left, top = 14 + int(max(font.getlength(_words(c)) for c in classes)), 18 if any(sets) else 0
     w, h = max(i.width for b in blocks for i in b) + 10, blocks[0][0].height + 2*scale
     sheet = Image.new("RGB", (left + w*len(sets) - 10, top + h*len(rows) - 2*scale), "white")
     pen = ImageDraw.Draw(sheet)
