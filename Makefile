@@ -19,6 +19,7 @@ help: ## say what there is (this list)
 	@awk -F':.*## ' '/^[a-z]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(READY) ## train on toy cats and draw a page of them; another run: run=longer args="-p steps 9000"
+	@case '$(run)' in ''|.*|*/*|*' '*) echo "run=$(run): give the plain name of a folder" >&2; exit 1;; esac
 	@mkdir -p outputs/$(run)
 	@$(RUNS) nbs/train.ipynb outputs/$(run)/train.ipynb $(args) -p run $(run)
 
@@ -30,7 +31,7 @@ lab: $(READY) ## open the book in JupyterLab
 	@$(BIN)/jupyter-lab $(args) nbs
 
 data: $(READY) ## fetch the Oxford-IIIT Pet pictures once, into data/
-	@$(BIN)/python -c 'from tinycats.data import load_pets; [load_pets(split=s, download=True) for s in ("trainval", "test")]'
+	@$(BIN)/python -c 'from tinycats.data import load_pets; [load_pets(split=s, size=144, download=True) for s in ("trainval", "test")]'
 
 book: $(READY) ## write the package and the clean notebooks from nbs/
 	@$(BIN)/nbdev_export

@@ -446,6 +446,7 @@ def load_pets(
     if not download and not (images.is_dir() and (base/"annotations").is_dir()):
         raise FileNotFoundError(f"no pet pictures in {base}; fetch them once with `make data` or load_pets(download=True), about 800 MB")
     from torchvision.datasets import OxfordIIITPet
+    if not download: _annotations(base/"annotations", split)
     photos = OxfordIIITPet(base.parent, split, download=download)
     rows = [(i, name, y) for i, (name, y) in enumerate(_annotations(base/"annotations", split)) if dogs or y != BREEDS.index("Other")]
     there = {e.name: e.stat() for e in os.scandir(images)}

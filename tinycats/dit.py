@@ -127,6 +127,7 @@ class TinyDiT(nn.Module):
         t:Tensor, # (b,) times, 0 (noise) to 1 (picture)
         y:Tensor, # (b,) breeds, 0 to `num_classes`; `num_classes` is the null breed
     ) -> Tensor: # (b, 3, h, w) the guess of the clean pictures, float32
+        if xt.shape[-2:] != (s := (self.image_size,)*2): raise ValueError(f"pictures of {tuple(xt.shape[-2:])}: this network is for {s}")
         c = self.time(time_features(t)) + self.breed(y)
         x = self.embed(patchify(xt, self.patch_size)) + self.positions
         shared = self.modulation(F.silu(c)).unflatten(1, (6, -1))
@@ -140,7 +141,9 @@ def _init(m):
     if isinstance(m, nn.Linear): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
     if isinstance(m, nn.Embedding): nn.init.normal_(m.weight, std=.02)
 
-def _check(image_size, patch_size, dim, num_heads, prediction, **_):
+def _check(image_size, patch_size, dim, depth, num_heads, prediction, **_):
+    for k, v in dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, num_heads=num_heads).items():
+        if v < 1: raise ValueError(f"{k} {v}: at least 1 is needed")
     if image_size % patch_size: raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}: choose a divisor")
     if dim % num_heads: raise ValueError(f"num_heads {num_heads} does not divide dim {dim}: choose a divisor")
     if prediction not in ("clean", "velocity"): raise ValueError(f"prediction {prediction!r}: choose 'clean' or 'velocity'")
@@ -162,14 +165,15 @@ def load_model(
     device:str|torch.device="cpu", # where the network should live
 ) -> TinyDiT: # ready to draw: float32, in eval mode; `model.facts` is what was saved with it
     "Bring a network back from a file."
-    path = next((f for d in (Path(), *Path.cwd().parents) if (f := d/path).exists()), Path(path))
+    path = Path(path).expanduser()
+    path = next((f for d in (Path(), *Path.cwd().parents) if (f := d/path).exists()), path)
     if path.is_dir(): path = path/"ema.safetensors"
     if not path.is_file(): raise FileNotFoundError(f"no weights at {path}: train a run first, or name a .safetensors file")
     try:
         with safe_open(path, "pt") as f: header = f.metadata() or {}; weights = {k: f.get_tensor(k) for k in f.keys()}
-        config, facts = json.loads(header["config"]), json.loads(header.get("facts", "{}"))
-    except Exception as e: raise ValueError(f"{path} holds no TinyDiT ({type(e).__name__}: {e}): name a file written by save_model") from None
-    model = TinyDiT(**config)
-    model.load_state_dict(weights)
-    model.facts = facts
+        model = TinyDiT(**json.loads(header["config"]))
+        model.load_state_dict(weights)
+        model.facts = json.loads(header.get("facts", "{}"))
+    except Exception as e:
+        raise ValueError(f"{path} holds no TinyDiT ({type(e).__name__}: {str(e).splitlines()[0]}): name a file written by save_model") from None
     return model.to(device).eval()

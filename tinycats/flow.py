@@ -82,7 +82,7 @@ def guide(
 # %% ../nbs/02_flow.ipynb #c28
 def guided(model, xt, t, y, cfg_scale, cfg_interval=(0., 1.), null_class=13):
     "Ask the model with and without the breed in one doubled batch, and guide, for times in `cfg_interval`."
-    now = t.expand(len(xt))
+    now = torch.full((len(xt),), t, device=xt.device)
     if cfg_scale == 1 or not cfg_interval[0] <= t <= cfg_interval[1]: return model(xt, now, y)
     null, cond = model(xt.repeat(2, 1, 1, 1), now.repeat(2), torch.cat([torch.full_like(y, null_class), y])).chunk(2)
     return guide(null, cond, cfg_scale)
@@ -91,21 +91,21 @@ def guided(model, xt, t, y, cfg_scale, cfg_interval=(0., 1.), null_class=13):
 def _road(model, x, y, num_steps, heun, **guidance):
     "The pictures along the way, from noise to the end."
     ask = partial(guided, model, **guidance)
-    times = torch.linspace(0, 1, num_steps + 1, device=x.device)
-    for i, (t, u) in enumerate(zip(times, times[1:])):
+    direction = lambda x, t: velocity(ask(x, t, y), x, torch.full((1,), t, device=x.device))
+    for i in range(num_steps - 1):
         yield x
-        x_hat = ask(x, t, y)
-        if i == num_steps - 1: x = x_hat; break
-        v = velocity(x_hat, x, t[None])
-        if heun: v = (v + velocity(ask(x + (u - t)*v, u, y), x + (u - t)*v, u[None])) / 2
+        t, u = i / num_steps, (i + 1) / num_steps
+        v = direction(x, t)
+        if heun: v = (v + direction(x + (u - t)*v, u)) / 2
         x = x + (u - t)*v
     yield x
+    yield ask(x, 1 - 1/num_steps, y)
 
 # %% ../nbs/02_flow.ipynb #c31
 @torch.no_grad()
 def sample(
     model, # (xt, t, y) -> guess of the clean pictures
-    y:Tensor, # (n,) breeds to draw
+    y:Tensor, # (n,) breeds to draw, on the model's device
     num_steps:int=50, # steps from noise to picture
     cfg_scale:float=1.5, # guidance; 1 is none
     cfg_interval:tuple=(0., 1.), # times between which to guide
@@ -117,6 +117,7 @@ def sample(
 ) -> Tensor: # (n, 3, h, w) pictures, about [-1, 1], float32; or (num_steps + 1, n, 3, h, w)
     "Walk from noise to pictures of the breeds `y`."
     if num_steps < 1: raise ValueError(f"num_steps {num_steps}: at least one step is needed")
+    if len(cfg_interval) != 2: raise ValueError(f"cfg_interval {cfg_interval}: give two times, such as (0, 1)")
     if solver not in ("euler", "heun"): raise ValueError(f"solver {solver!r}: choose 'euler' or 'heun'")
     if x0 is None: x0 = seeded_noise(len(y), model.image_size, seed).to(y.device)
     road = _road(model, x0, y, num_steps, solver == "heun", cfg_scale=cfg_scale, cfg_interval=cfg_interval, null_class=null_class)
@@ -131,7 +132,8 @@ def seeded_noise(
     seed:int=0, # same seed, same noise, on every device; the first of many are the same as the first of few
 ) -> Tensor: # (n, 3, size, size), on the CPU
     "The noise that `sample` starts from."
-    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randn(3, size, size, generator=generator) for _ in range(n)])
 
 # %% ../nbs/02_flow.ipynb #c41
 def rank_floor(

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from .data import BREEDS, to_uint8
-from .flow import sample
+from .flow import sample, seeded_noise
 
 # %% ../nbs/06_gallery.ipynb #c05
 def grid(
@@ -99,7 +99,7 @@ def draw(
 ) -> tuple: # (n·breeds, 3, size, size) pictures in [-1, 1] on the CPU, and their labels, breed by breed
     "Draw `n` pictures of each breed, as many at a time as `batch_size`."
     device, labels = next(model.parameters()).device, torch.tensor(list(breeds)).repeat_interleave(n)
-    x0 = torch.randn(len(labels), 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(seed))
+    x0 = seeded_noise(len(labels), model.image_size, seed)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         done = [sample(model, y.to(device), x0=x.to(device), **sampling).cpu() for x, y in zip(x0.split(batch_size), labels.split(batch_size))]
     return torch.cat(done), labels
@@ -112,8 +112,9 @@ def save_pictures(
     classes:list=BREEDS, # names of the breeds
     **facts, # how they were made: step, seed, num_steps, cfg_scale...
 ) -> list: # the paths
-    "Save pictures as `<folder>/<Breed>/<number>.png`, with the facts in `metadata.json`."
+    "Save pictures as `<folder>/<Breed>/<number>.png` in place of those there, with the facts in `metadata.json`."
     folder, paths, count = Path(folder), [], {}
+    for old in folder.glob("*/[0-9][0-9][0-9][0-9].png"): old.unlink()
     for p, b in zip(pictures, labels.tolist()):
         count[b] = count.get(b, -1) + 1
         paths.append(folder/classes[b]/f"{count[b]:04d}.png")

@@ -36,7 +36,7 @@ def train_judge(
 ) -> BreedNet: # in eval mode
     "Teach a small network to tell breeds apart, on real pictures alone."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         net = BreedNet(num_classes).to(pictures.device)
         optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)

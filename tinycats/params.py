@@ -22,7 +22,7 @@ def _read(text):
     "The number, list, truth or None that a text spells; otherwise the text itself."
     spelt = {"true": True, "false": False, "none": None, "null": None}
     try: return spelt[text.strip().lower()] if text.strip().lower() in spelt else ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError): return text
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError): return text
 
 # %% ../nbs/10_params.ipynb #c08
 def taken_as(
@@ -46,7 +46,7 @@ def _no(value): raise ValueError(repr(value))
 RULES = r"""
 fullmatch(r"\w[\w.-]*", run)  # the plain name of a folder: letters, digits, _ . and -
 data in ("toy", "pets")
-toy_pictures >= 13  # one of each breed is the least
+toy_pictures >= 13  # at least 13, one of each breed
 steps >= 1
 batch_size >= 1
 micro_batch is None or micro_batch >= 1

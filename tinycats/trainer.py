@@ -378,7 +378,7 @@ def _check_identity(theirs, ours, changes, folder):
         if theirs.get(k) != v and k not in changes:
             raise ValueError(f"{k} is {v}, but the run in {folder} began with {theirs.get(k)}: use that, choose another run name, or name {k} in changes")
 
-# %% ../nbs/05_trainer.ipynb #c57
+# %% ../nbs/05_trainer.ipynb #c59
 def progress(
     records, # from `Trainer.fit`
     steps:int, # length of the run
