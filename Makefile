@@ -49,8 +49,8 @@ toy: $(READY) ## train the small published model again, into outputs/toy
 sabotage: $(READY) ## break the book on purpose, one idea at a time: a test has to notice each
 	@$(BIN)/python tests/sabotage.py $(args)
 
-soak: $(READY) ## kill a run a thousand times
-	TINYCATS_KILLS=1000 $(BIN)/python -m pytest tests/test_checkpoint.py $(args)
+soak: $(READY) ## kill a run more than a thousand times
+	TINYCATS_KILLS=1000 $(BIN)/python -m pytest tests/test_checkpoint.py tests/test_runs.py -k killed_at_any_moment $(args)
 
 constraints: $(READY) ## pin the newest versions of everything (in an environment of the oldest Python)
 	@$(BIN)/python -c '$(CHECK)' $(firstword $(VERSIONS))

@@ -82,6 +82,7 @@ num_steps >= 1
 cfg_scale >= 0
 len(cfg_interval) == 2 and 0 <= cfg_interval[0] < cfg_interval[1] <= 1  # two times from 0 to 1, such as 0.1,0.9
 solver in ("euler", "heun")
+if_disk_full in ("stop", "go on")
 device in ("auto", "cpu", "cuda", "mps")
 """
 
