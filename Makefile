@@ -28,7 +28,7 @@ test: $(READY) ## run every test of the book, then those of tests/; for pytest: 
 	$(BIN)/python -m pytest tests $(args)
 
 lab: $(READY) ## open the book in JupyterLab
-	@$(BIN)/jupyter-lab $(args) nbs
+	@$(BIN)/jupyter-lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(args)
 
 data: $(READY) ## fetch the Oxford-IIIT Pet pictures once, into data/
 	@$(BIN)/python -c 'from tinycats.data import load_pets; [load_pets(split=s, size=144, download=True) for s in ("trainval", "test")]'
