@@ -1,6 +1,5 @@
 "Parameters on their whole way: papermill's command line, its cell, the kernel, the line that refuses."
 import json, subprocess, sys
-from pathlib import Path
 
 import nbformat, pytest
 from nbformat.v4 import new_code_cell, new_notebook

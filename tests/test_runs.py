@@ -1,5 +1,5 @@
 "What the chapter on the trainer cannot show about itself: runs that are killed, told to stop, or started twice, as processes and through papermill."
-import json, logging, os, random, re, shutil, signal, subprocess, sys, time, warnings
+import json, os, random, re, shutil, signal, subprocess, sys, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 

@@ -65,7 +65,7 @@ def step_seed(
     seed:int, # the run's seed
     step:int, # the step
 ) -> int: # a seed of 63 bits
-    "One seed for each (seed, step), far from all the others."
+    "One seed for each (seed, step); PyTorch's generator on the CPU uses its lower 32 bits."
     return int.from_bytes(hashlib.blake2b(f"{seed}, {step}".encode(), digest_size=8).digest(), "little") >> 1
 
 # %% ../nbs/05_trainer.ipynb #c16
