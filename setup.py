@@ -14,5 +14,6 @@ setup(
     long_description_content_type="text/markdown",
     classifiers=[f"Programming Language :: Python :: {v}" for v in cfg["python_versions"].split()],
     packages=[cfg["lib_name"]], python_requires=f">={cfg['min_python']}",
-    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
+    install_requires=cfg["requirements"].split(),
+    extras_require={k.removesuffix("_requirements"): v.split() for k, v in cfg.items() if k.endswith("_requirements")},
 )

@@ -47,16 +47,16 @@ def _key(*numbers):
         state ^= state >> 31
     return state
 
-def _splitmix(state, n):
+def _splitmix(state, n, device="cpu"):
     "The first n numbers of SplitMix64 from a state, as int64 (the sign bit is just a bit)."
     signed = lambda k: k - 2**64 if k >= 2**63 else k
-    z = torch.arange(1, n + 1)*signed(_GOLDEN) + signed(state)
+    z = torch.arange(1, n + 1, device=device)*signed(_GOLDEN) + signed(state)
     for shift, factor in _STIR: z = (z ^ (z >> shift & 2**(64 - shift) - 1))*signed(factor)
     return z ^ (z >> 31 & 2**33 - 1)
 
-def _uniform(shape, *key):
+def _uniform(shape, *key, device="cpu"):
     "Numbers spread evenly over [0, 1), float64, that depend on the key and on their place alone."
-    z = _splitmix(_key(*key), math.prod(shape))
+    z = _splitmix(_key(*key), math.prod(shape), device)
     return ((z >> 11 & 2**53 - 1).double()*2**-53).view(shape)
 
 # %% ../nbs/00_data.ipynb #c15
@@ -331,8 +331,9 @@ class Cats:
         self.pictures, self.labels = pictures.to(device), labels.to(device, torch.int64)
         self.size, self.seed, self.flip, self.num_classes = size, seed, flip, num_classes
         count = labels.cpu().long().bincount(minlength=num_classes)
-        self.present, self.order = count.nonzero()[:, 0], labels.cpu().argsort(stable=True)   # the classes there are, and their pictures
-        self.count, self.start = count[self.present], (count.cumsum(0) - count)[self.present]
+        present = count.nonzero()[:, 0]                                                       # the classes there are,
+        self.order, self.count, self.start = (i.to(device) for i in                           # and where their pictures are
+            (labels.cpu().argsort(stable=True), count[present], (count.cumsum(0) - count)[present]))
 
     def __len__(self): return len(self.pictures)
 
@@ -343,14 +344,14 @@ class Cats:
         "The batch of a step: breeds equally often, pictures of a breed at random, cut and mirrored at random."
         h, w = self.pictures.shape[-2:]
         high, wide = (h, w) if self.size is None else (self.size, self.size)
-        turn = _uniform((len(self.present),), self.seed, step, 0).argsort()[torch.arange(batch_size) % len(self.present)]
-        pick, top, left, mirror = _uniform((batch_size, 4), self.seed, step, 1).unbind(1)
+        here = dict(device=self.pictures.device)
+        turn = _uniform(self.count.shape, self.seed, step, 0, **here).argsort()[torch.arange(batch_size, **here) % len(self.count)]
+        pick, top, left, mirror = _uniform((batch_size, 4), self.seed, step, 1, **here).unbind(1)
         which = self.order[self.start[turn] + (pick*self.count[turn]).long()]
-        rows = (top*(h - high + 1)).long()[:, None] + torch.arange(high)
-        cols = (left*(w - wide + 1)).long()[:, None] + torch.arange(wide)
+        rows = (top*(h - high + 1)).long()[:, None] + torch.arange(high, **here)
+        cols = (left*(w - wide + 1)).long()[:, None] + torch.arange(wide, **here)
         if self.flip: cols = torch.where(mirror[:, None] < .5, cols.flip(1), cols)
-        which, rows, cols = (i.to(self.pictures.device) for i in (which, rows, cols))
-        channels = torch.arange(3, device=which.device)[:, None, None]
+        channels = torch.arange(3, **here)[:, None, None]
         return to_float(self.pictures[which[:, None, None, None], channels, rows[:, None, :, None], cols[:, None, None]]), self.labels[which]
 
 def _check(pictures, labels, size, num_classes):

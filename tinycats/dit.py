@@ -7,7 +7,7 @@ __all__ = ['patchify', 'unpatchify', 'sincos_positions', 'time_features', 'modul
            'save_model', 'load_model']
 
 # %% ../nbs/01_dit.ipynb #c02
-import json, math
+import ctypes, functools, json, math
 from pathlib import Path
 import torch, torch.nn.functional as F
 from safetensors import safe_open
@@ -93,7 +93,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (c + self.table).unsqueeze(2).unbind(1)
         norm, drop = lambda x: F.layer_norm(x, x.shape[-1:]), lambda x: F.dropout(x, self.dropout, self.training)
         x = x + gate1 * drop(self.attend(modulate(norm(x), shift1, scale1)))
-        return x + gate2 * drop(self.down(F.gelu(self.up(modulate(norm(x), shift2, scale2)), approximate="tanh")))
+        return x + gate2 * drop(self.down(F.gelu(self.up(modulate(norm(x), shift2, scale2)))))
 
 # %% ../nbs/01_dit.ipynb #c28
 class TinyDiT(nn.Module):
@@ -111,6 +111,7 @@ class TinyDiT(nn.Module):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         _check(**self.config)
         super().__init__()
+        _keep_memory()
         self.image_size, self.patch_size, self.num_classes, self.prediction = image_size, patch_size, num_classes, prediction
         self.embed = nn.Linear(3*patch_size**2, dim)
         self.register_buffer("positions", sincos_positions(image_size//patch_size, dim), persistent=False)
@@ -136,7 +137,15 @@ class TinyDiT(nn.Module):
         out = unpatchify(self.out(modulate(F.layer_norm(x, x.shape[-1:]), shift, scale)), self.patch_size).float()
         return out if self.prediction == "clean" else xt + (1 - t.view(-1, 1, 1, 1)) * out
 
-# %% ../nbs/01_dit.ipynb #c29
+# %% ../nbs/01_dit.ipynb #c30
+@functools.cache
+def _keep_memory():
+    "Ask glibc, where there is one, not to return freed memory page by page: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, 1 GB."
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return
+    for threshold in (-1, -3): mallopt(threshold, 2**30)
+
+# %% ../nbs/01_dit.ipynb #c31
 def _init(m):
     if isinstance(m, nn.Linear): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
     if isinstance(m, nn.Embedding): nn.init.normal_(m.weight, std=.02)
@@ -148,7 +157,7 @@ def _check(image_size, patch_size, dim, depth, num_heads, prediction, **_):
     if dim % num_heads: raise ValueError(f"num_heads {num_heads} does not divide dim {dim}: choose a divisor")
     if prediction not in ("clean", "velocity"): raise ValueError(f"prediction {prediction!r}: choose 'clean' or 'velocity'")
 
-# %% ../nbs/01_dit.ipynb #c45
+# %% ../nbs/01_dit.ipynb #c47
 def save_model(
     model:TinyDiT, # the network
     path:str|Path, # where to; ends in .safetensors
@@ -159,7 +168,7 @@ def save_model(
     weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in model.state_dict().items()}
     save_file(weights, path, metadata={"config": json.dumps(model.config), "facts": json.dumps(facts)})
 
-# %% ../nbs/01_dit.ipynb #c46
+# %% ../nbs/01_dit.ipynb #c48
 def load_model(
     path:str|Path, # a .safetensors file, or a run folder: its ema.safetensors; relative paths are also looked for in the folders above
     device:str|torch.device="cpu", # where the network should live

@@ -27,17 +27,16 @@ class EMA:
     ):
         if not decays or not all(0 <= d < 1 for d in decays): raise ValueError(f"ema_decay {decays}: each must be at least 0 and below 1")
         self.n, self.decays = 0, tuple(decays)
-        self.models = {d: AveragedModel(model, multi_avg_fn=self._towards(d), use_buffers=True).eval().requires_grad_(False) for d in decays}
+        self.models = {d: AveragedModel(model, use_buffers=True).eval().requires_grad_(False) for d in decays}
 
-    def _towards(self, decay):
-        def average(ours, theirs, _):
-            if ours[0].is_floating_point(): torch._foreach_lerp_(ours, theirs, 1 - decay_at(self.n, decay))
-            else: torch._foreach_copy_(ours, theirs)
-        return average
-
+    @torch.no_grad()
     def update(self, model):
         "Move every average towards the model; call it after each optimizer step. The first call copies."
-        for m in self.models.values(): m.update_parameters(model)
+        for d, m in self.models.items():
+            for ours, theirs in _pairs(m.module, model):
+                if ours[0].is_floating_point(): torch._foreach_lerp_(ours, theirs, 1 - decay_at(self.n, d) if self.n else 1.)
+                else: torch._foreach_copy_(ours, theirs)
+            m.n_averaged += 1
         self.n += 1
 
     def __getitem__(self, decay): return self.models[decay].module
@@ -50,3 +49,9 @@ class EMA:
         if ours != theirs: raise ValueError(f"ema_decay {sorted(ours)} is not the saved run's {sorted(theirs)}: use the same decays")
         self.n = state["n"]
         for d, m in self.models.items(): m.load_state_dict(state["models"][str(d)])
+
+def _pairs(a, b):
+    "The tensors of two models that belong together: those of real numbers, then those that count."
+    both = list(zip((*a.parameters(), *a.buffers()), (*b.parameters(), *b.buffers())))
+    for real in (True, False):
+        if some := [p for p in both if p[0].is_floating_point() == real]: yield tuple(map(list, zip(*some)))
