@@ -66,3 +66,17 @@ def test_batches_are_equal_by_class(pets):
     cats = Cats(*pets[1]["trainval"], size=28)
     x, y = cats.batch(0, 130)
     assert x.shape == (130, 3, 28, 28) and y.bincount().tolist() == [10]*13 and to_uint8(x).float().std() > 20
+
+
+def test_heads_are_cut_and_a_fifth_is_held_out(pets):
+    root, _ = pets
+    (train, y), (held, z) = (load_pets(root, split, SIZE, heads=True) for split in ("trainval", "test"))
+    assert (torch.cat([y, z]) < 12).sum() == 1181 and .15 < (z < 12).sum()/1181 < .25 and set(z.tolist()) == set(range(13))
+    name, w, h, x0, y0, x1, y1 = (root/"oxford-iiit-pet/annotations/head_boxes.csv").read_text().splitlines()[1].split(",")
+    image = Image.open(root/"oxford-iiit-pet/images"/f"{name}.jpg").convert("RGB")
+    k, centre = image.width/int(w), ((int(x0) + int(x1))/2, (int(y0) + int(y1))/2)
+    side = round(1.4*k*max(int(x1) - int(x0), int(y1) - int(y0)))
+    left, top = (min(max(0, c*k - side/2), whole - side) for c, whole in zip(centre, image.size))
+    truth = image.crop((round(left), round(top), round(left) + side, round(top) + side)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    truth = torch.frombuffer(bytearray(truth.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3).permute(2, 0, 1)
+    assert min((p.int() - truth).abs().float().mean() for p in torch.cat([train, held])) < 3

@@ -388,17 +388,24 @@ def _annotations(folder, split):
     return [(name, BREEDS.index(name.rsplit("_", 1)[0]) if species == "1" else BREEDS.index("Other"))
             for name, _, species, _ in lists[split]]
 
-def _square(image, size):
-    "The largest square in the middle of a PIL image, resized once: uint8 (3, size, size)."
+def _square(image, size, head=None):
+    "The largest square in the middle of a PIL image, or one around the head, resized once: uint8 (3, size, size)."
     w, h = image.size
     s = min(w, h); left, top = (w - s)//2, (h - s)//2
+    if head: left, top, s = _around(head, w, h)
     image = image.convert("RGB").crop((left, top, left + s, top + s)).resize((size, size), 3)   # 3: bicubic, antialiased
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
-def _decode(photos, size):
+def _around(head, w, h, margin=1.4):
+    "Left, top and side of a square around a head box given as shares of width and height, moved into the picture."
+    x0, y0, x1, y1 = (a*b for a, b in zip(head, (w, h, w, h)))
+    s = max(1, min(w, h, round(margin*max(x1 - x0, y1 - y0))))
+    return (*(min(max(0, round((a + b - s)/2)), side - s) for a, b, side in ((x0, x1, w), (y0, y1, h))), s)
+
+def _decode(photos, size, heads={}):
     "Decode all photos, {name: function that opens it}, or name those that cannot be."
     def one(item):
-        try: return _square(item[1](), size)
+        try: return _square(item[1](), size, heads.get(item[0]))
         except Exception as e: return f"{item[0]}.jpg ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: done = list(pool.map(one, photos.items()))
     broken = [d for d in done if isinstance(d, str)]
@@ -431,6 +438,24 @@ def _cached(path, source, make):
     return pictures
 
 # %% ../nbs/00_data.ipynb #c63
+def _head_boxes(folder):
+    "Where heads are, {name: (left, top, right, bottom)} as shares of width and height, for the pictures that say."
+    import csv, xml.etree.ElementTree as ET
+    numbers = lambda row, keys: [float(row(k)) for k in keys.split()]
+    if (table := folder/"head_boxes.csv").is_file():
+        with open(table, newline="") as f:
+            found = {r["name"]: numbers(r.get, "xmin ymin xmax ymax orig_width orig_height") for r in csv.DictReader(f)}
+    else:
+        trees = {p.stem: ET.parse(p).getroot() for p in sorted((folder/"xmls").glob("[!.]*.xml"))}
+        found = {n: numbers(lambda k: t.find(f".//{k}").text, "xmin ymin xmax ymax width height") for n, t in trees.items()}
+    if not found: raise FileNotFoundError(f"{folder} has no xmls, which say where the heads are; delete it, and load with download=True")
+    return {n: (a/w, b/h, c/w, d/h) for n, (a, b, c, d, w, h) in found.items()}
+
+def _held_out(name):
+    "Whether a picture is of the fifth that is held out: chance decides, by name and always alike."
+    return hashlib.sha256(name.encode()).digest()[0] % 5 == 0
+
+# %% ../nbs/00_data.ipynb #c64
 def load_pets(
     root:str="data", # folder that holds oxford-iiit-pet; a relative one is looked up from `project_root()`
     split:str="trainval", # trainval or test
@@ -439,8 +464,9 @@ def load_pets(
     dogs:bool=True, # with dogs, as Other
     twins:bool=False, # with the six training cats whose near-duplicate lies in the test split
     cache:str=None, # folder for prepared pictures; None: beside the data, else the user's cache folder
+    heads:bool=False, # the head alone, with a margin; known for trainval only, of which a fifth is then held out as test
 ) -> tuple[Tensor, Tensor]: # uint8 (n, 3, size, size), int64 (n,)
-    "Oxford-IIIT Pet (Parkhi and others 2012): centre squares and breeds; dogs are Other. Names what is missing or broken."
+    "Oxford-IIIT Pet (Parkhi and others 2012): squares from the middle, or heads, and breeds; dogs are Other. Names what is missing or broken."
     if split not in ("trainval", "test"): raise ValueError(f"split={split!r} does not exist; choose trainval or test")
     base = project_root()/Path(root).expanduser()/"oxford-iiit-pet"
     images = base/"images"
@@ -448,15 +474,18 @@ def load_pets(
         raise FileNotFoundError(f"no pet pictures in {base}; fetch them once with `make data` or load_pets(download=True), about 800 MB")
     from torchvision.datasets import OxfordIIITPet
     if not download: _annotations(base/"annotations", split)
-    photos = OxfordIIITPet(base.parent, split, download=download)
-    rows = [(i, name, y) for i, (name, y) in enumerate(_annotations(base/"annotations", split)) if dogs or y != BREEDS.index("Other")]
+    source = "trainval" if heads else split
+    photos = OxfordIIITPet(base.parent, source, download=download)
+    boxes = _head_boxes(base/"annotations") if heads else {}
+    rows = [(i, name, y) for i, (name, y) in enumerate(_annotations(base/"annotations", source)) if (dogs or y != BREEDS.index("Other"))
+            and (not heads or name in boxes and _held_out(name) == (split == "test"))]
     there = {e.name: e.stat() for e in os.scandir(images)}
     missing = [f"{name}.jpg" for _, name, _ in rows if f"{name}.jpg" not in there]
     if missing: raise FileNotFoundError(f"{len(missing)} of {len(rows)} pictures of {split} are missing in {images}: "
         f"{', '.join(missing[:3])}{' ...' if missing[3:] else ''}; delete {images} and load with download=True")
-    stats = [(name, y, there[f"{name}.jpg"].st_size, there[f"{name}.jpg"].st_mtime_ns) for _, name, y in rows]
-    path = _cache_file(base, cache, f"{split}{'' if dogs else '-cats'}-{size}")
+    stats = [(name, y, there[f"{name}.jpg"].st_size, there[f"{name}.jpg"].st_mtime_ns, *boxes.get(name, ())) for _, name, y in rows]
+    path = _cache_file(base, cache, f"{split}{'' if dogs else '-cats'}{'-heads' if heads else ''}-{size}")
     pictures = _cached(path, hashlib.sha256(repr(stats).encode()).hexdigest(),
-                       lambda: _decode({name: lambda i=i: photos[i][0] for i, name, _ in rows}, size))
-    keep = torch.tensor([twins or split == "test" or name not in _TWINS for _, name, _ in rows])
+                       lambda: _decode({name: lambda i=i: photos[i][0] for i, name, _ in rows}, size, boxes))
+    keep = torch.tensor([twins or heads or split == "test" or name not in _TWINS for _, name, _ in rows])
     return pictures[keep], torch.tensor([y for *_, y in rows])[keep]

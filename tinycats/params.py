@@ -45,7 +45,7 @@ def _no(value): raise ValueError(repr(value))
 # %% ../nbs/10_params.ipynb #c12
 RULES = r"""
 fullmatch(r"\w[\w.-]*", run)  # the plain name of a folder: letters, digits, _ . and -
-data in ("toy", "pets")
+data in (None, "toy", "pets", "heads")  # toy, pets or heads
 toy_pictures >= 13  # at least 13, one of each breed
 steps >= 1
 batch_size >= 1
@@ -83,6 +83,10 @@ cfg_scale >= 0
 len(cfg_interval) == 2 and 0 <= cfg_interval[0] < cfg_interval[1] <= 1  # two times from 0 to 1, such as 0.1,0.9
 solver in ("euler", "heun")
 if_disk_full in ("stop", "go on")
+ema is None or 0 <= ema < 1  # a decay from 0 to just below 1, such as 0.999
+not (raw and ema is not None)  # either raw weights or an average
+heldout >= 13  # at least 13, one of each breed
+name is None or fullmatch(r"\w[\w.+-]*", name)  # the plain name of a folder: letters, digits, _ . + and -
 device in ("auto", "cpu", "cuda", "mps")
 """
 
