@@ -144,7 +144,8 @@ def load_latest(folder:str|Path # a run's checkpoints
 
 # %% ../nbs/04_checkpoint.ipynb #c43
 def _machine():
-    "This machine, and this start of it: two containers of one name differ"
+    "This machine, and this start of it: two containers of one name differ; or the name given to all attempts at one piece of work"
+    if name := os.environ.get("TINYCATS_OWNER"): return name
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else uuid.getnode()}"
 
@@ -192,7 +193,7 @@ class claim:
     def _take(self):
         locked, now = _lock(self.file), time.time()
         who = dict(host="?", pid="?", machine=None, since=now, time=now if locked is False else 0) | self.owner()
-        silent, dead = abs(now - who["time"]), locked and who["machine"] == self.me["machine"]
+        silent, dead = abs(now - who["time"]), who["machine"] == self.me["machine"] and (locked or "TINYCATS_OWNER" in os.environ)
         if locked is False or (silent < self.expires and not dead):
             raise CheckpointError(f"{self.folder} is in use by process {who['pid']} on {who['host']}, "
                 f"begun {now - who['since']:.0f} s ago, last seen {silent:.0f} s ago; "
