@@ -85,6 +85,7 @@ solver in ("euler", "heun")
 if_disk_full in ("stop", "go on")
 ema is None or 0 <= ema < 1  # a decay from 0 to just below 1, such as 0.999
 not (raw and ema is not None)  # either raw weights or an average
+compared >= 2  # at least two checkpoints
 heldout >= 13  # at least 13, one of each breed
 name is None or fullmatch(r"\w[\w.+-]*", name)  # the plain name of a folder: letters, digits, _ . + and -
 device in ("auto", "cpu", "cuda", "mps")
