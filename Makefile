@@ -13,7 +13,7 @@ CHECK    := import sys; found = "%d.%d" % sys.version_info[:2]; \
             found in sys.argv[1:] or sys.exit("This is Python %s, and tinycats runs on %s. Name one of them: \
             make PYTHON=python%s ..." % (found, " ".join(sys.argv[1:]), sys.argv[len(sys.argv)//2]))
 
-.PHONY: help demo test lab data readme book toy soak sabotage constraints
+.PHONY: help demo evaluate test lab explore data pull readme book toy soak browser sabotage bench constraints
 
 help: ## say what there is (this list)
 	@awk -F':.*## ' '/^[a-z]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -23,6 +23,11 @@ demo: $(READY) ## train on toy cats and draw a page of them; another run: run=lo
 	@mkdir -p outputs/$(run)
 	@$(RUNS) nbs/train.ipynb outputs/$(run)/train.ipynb $(args) -p run $(run)
 
+evaluate: $(READY) ## draw cats with a run and judge them: run=toy args="-p cfg_scale 3"; of one breed: args="-p breeds Siamese"
+	@test -d 'outputs/$(run)' || { echo "run=$(run): there is no folder outputs/$(run); train it with make demo run=$(run), or try run=toy" >&2; exit 1; }
+	@mkdir -p outputs/$(run)/evaluation
+	@$(RUNS) nbs/evaluate.ipynb outputs/$(run)/evaluation/evaluate.ipynb $(args) -p run $(run)
+
 test: $(READY) ## run every test of the book, then those of tests/; for pytest: args="-k house"
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test
 	$(BIN)/python -m pytest tests $(args)
@@ -30,8 +35,14 @@ test: $(READY) ## run every test of the book, then those of tests/; for pytest: 
 lab: $(READY) ## open the book in JupyterLab
 	@$(BIN)/jupyter-lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(args)
 
+explore: $(READY) ## open the explorer alone, without code, in the browser
+	@$(BIN)/voila nbs/explore.ipynb $(args)
+
 data: $(READY) ## fetch the Oxford-IIIT Pet pictures once, into data/
 	@$(BIN)/python -c 'from tinycats.data import load_pets; [load_pets(split=s, size=144, download=True) for s in ("trainval", "test")]'
+
+pull: $(READY) ## bring a run home from Modal: run=big; with what is needed to train on: args=checkpoints=True
+	@$(BIN)/python -c 'import sys; from tinycats.cloud import in_one_line, pull; print(in_one_line(pull, "$(run)", $(args)))'
 
 book: $(READY) ## write the package and the clean notebooks from nbs/
 	@$(BIN)/nbdev_export
@@ -51,6 +62,15 @@ sabotage: $(READY) ## break the book on purpose, one idea at a time: a test has 
 
 soak: $(READY) ## kill a run more than a thousand times
 	TINYCATS_KILLS=1000 $(BIN)/python -m pytest tests/test_checkpoint.py tests/test_runs.py -k killed_at_any_moment $(args)
+	TINYCATS_LONG=1 $(BIN)/python -m pytest tests/test_cloud.py -k evaluated $(args)
+
+bench: $(READY) ## race tinycats against other code, turn by turn, into outputs/bench; in a hurry: quick=1
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@mkdir -p outputs/bench
+	@$(RUNS) nbs/bench.ipynb outputs/bench/bench.ipynb -p quick $(if $(quick),True,False) $(args)
+
+browser: $(READY) ## try the explorer in JupyterLab and voila with a real chromium, ten times in a row
+	@for i in 1 2 3 4 5 6 7 8 9 10; do $(BIN)/python -m pytest -q -x -s tests/test_browser.py $(args) || exit 1; done
 
 constraints: $(READY) ## pin the newest versions of everything (in an environment of the oldest Python)
 	@$(BIN)/python -c '$(CHECK)' $(firstword $(VERSIONS))

@@ -8,13 +8,14 @@ import readme
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT/"nbs").glob("[0-9][0-9]_*.ipynb"))
-RUNNABLE = [ROOT/"nbs"/f"{n}.ipynb" for n in ("train", "evaluate", "compare_ema", "explore")]
+RUNNABLE = [ROOT/"nbs"/f"{n}.ipynb" for n in ("train", "evaluate", "compare_ema", "explore", "sweep", "bench")]
 NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
 MODULES = sorted(p.stem for p in (ROOT/"tinycats").glob("*.py") if not p.stem.startswith("_"))
 
 # Who may import whom, and what nobody here may bring along.
 ARROWS = dict(data="", dit="", flow="", ema="", checkpoint="", params="", metrics="", trainer="flow ema checkpoint",
-              gallery="data flow", explorer="data dit flow gallery", cloud="params")
+              gallery="data flow", explorer="data dit flow gallery", cloud="params",
+              bench="data dit flow trainer")
 TOOLS = "nbdev fastcore execnb nbformat nbconvert nbclient jupyter_client jupyter_core jupyterlab papermill modal".split()
 LOOKS = "matplotlib IPython ipywidgets ipykernel".split()
 FORBIDDEN = {name: TOOLS for name in ARROWS} | {name: TOOLS + LOOKS for name in "data dit flow ema checkpoint trainer".split()}
