@@ -1,5 +1,5 @@
 "train.ipynb on its whole way through papermill: toy cats, real cats, the recipe, and what is refused."
-import json, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 
 import nbformat, pytest, torch, yaml
@@ -80,3 +80,14 @@ def test_real_cats_at_full_size(tmp_path):
     assert abs(config["parameters"] - 23.03e6) < 1e4
     assert len(list((tmp_path/"outputs/pets-try/samples/final").glob("*/*.png"))) == 13
     assert Image.open(tmp_path/"outputs/pets-try/samples/final/Maine_Coon/0000.png").size == (128, 128)
+
+
+def test_a_page_runs_without_jupyter(tmp_path):
+    "On a machine with PyTorch alone, tests/page.py runs the page and keeps its pictures."
+    (tmp_path/"settings.ini").touch()
+    done = subprocess.run([sys.executable, ROOT/"tests/page.py", ROOT/"nbs/train.ipynb", "-f", ROOT/"nbs/params/toy.yaml", "run=plain", "steps=4", "warmup_steps=1", "image_size=16", "dim=32",
+                           "depth=1", "num_heads=2", "toy_pictures=52", "samples=1", "num_steps=2", "ema_decay=[0.5]"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | dict(TINYCATS_PAGE=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path/"outputs/plain/config.json").read_text())
+    assert facts["step"] == facts["steps"] == 4 and facts["ema_decay"] == [.5] and len(list((tmp_path/"page_train").glob("*.png"))) >= 5

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'BATCHES', 'flops', 'ours', 'PlainDiT', 'from_files', 'from_memory', 'plain', 'diffusers', 'rectified_flow',
-           'race', 'train_arms', 'sample_arms', 'load_arms', 'peak_memory', 'matrix_peak', 'ratios']
+           'race', 'train_arms', 'absent', 'sample_arms', 'load_arms', 'peak_memory', 'matrix_peak', 'ratios']
 
 # %% ../nbs/bench.ipynb #c04
 import functools, gc, json, statistics, subprocess, sys, tempfile, time, warnings
+from importlib.util import find_spec
 from pathlib import Path
 import torch, torch.nn.functional as F
 from PIL import Image
@@ -197,7 +198,11 @@ def train_arms(size:dict, batch:int, device:str="cpu", compiled:bool=True) -> di
         arms["tinycats compiled"] = make(ours, compile=True); arms["tinycats 32 compiled"] = make(ours, precision="fp32", compile=True)
         for name, arm, kw in (("plain", plain, dict(best=True)), ("diffusers", diffusers, {}), ("rectified-flow", rectified_flow, {})):
             arms[f"{name} 32 compiled"] = make(arm, compile=True, **kw); arms[f"{name} compiled"] = make(arm, dtype=half, compile=True, **kw)
-    return arms
+    return {name: arm for name, arm in arms.items() if name.split()[0] not in absent()}
+
+def absent() -> list: # names of arms
+    "The others that are not installed here, and so do not run."
+    return [a for a, package in {"diffusers": "diffusers", "rectified-flow": "rectified_flow_pytorch"}.items() if not find_spec(package)]
 
 # %% ../nbs/bench.ipynb #c24
 def sample_arms(size:dict, device:str="cpu", compiled:bool=True, num_steps:int=50, n:int=8) -> dict:
@@ -229,7 +234,7 @@ def sample_arms(size:dict, device:str="cpu", compiled:bool=True, num_steps:int=5
             "diffusers 32": peer(torch.float32), "diffusers": peer(half)}
     if compiled: arms |= {"tinycats compiled": lambda: our(half, True), "tinycats 32 compiled": lambda: our(torch.float32, True),
                           "diffusers 32 compiled": peer(torch.float32, True), "diffusers compiled": peer(half, True)}
-    return arms
+    return {name: arm for name, arm in arms.items() if name.split()[0] not in absent()}
 
 # %% ../nbs/bench.ipynb #c27
 def load_arms(size:dict, batch:int, device:str="cpu") -> dict:
@@ -250,8 +255,10 @@ def peak_memory(
     "The most memory three training steps need, measured in a process of its own."
     code = f"""
 import resource, sys, torch
+from importlib import import_module
+from importlib.util import find_spec
 from tinycats.bench import SIZES, train_arms
-import diffusers, rectified_flow_pytorch
+for name in ("diffusers", "rectified_flow_pytorch"): find_spec(name) and import_module(name)
 held = lambda: torch.cuda.max_memory_allocated() if {device!r} == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
 before = held()
 step = train_arms(SIZES[{size!r}], {batch}, {device!r})[{arm!r}]()
@@ -276,6 +283,6 @@ def ratios(train:dict, sample:dict) -> dict:
     ours, theirs = train["tinycats"]["median"], train["plain 32"]["median"]
     found = dict(train_vs_seed=theirs/ours, train_vs_seed_equal=best(train, "plain", True)/best(train, "tinycats", True))
     for what, table in (("train", train), ("sample", sample)):
-        for suffix, equal in (("", False), ("_equal", True)):
+        for suffix, equal in (("", False), ("_equal", True)) if "diffusers" in table else ():
             found[f"{what}_vs_diffusers{suffix}"] = best(table, "diffusers", equal)/best(table, "tinycats", equal)
     return {k: round(v, 3) for k, v in found.items()}
