@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'BATCHES', 'flops', 'ours', 'PlainDiT', 'from_files', 'from_memory', 'plain', 'diffusers', 'rectified_flow',
-           'race', 'train_arms', 'absent', 'sample_arms', 'load_arms', 'peak_memory', 'matrix_peak', 'ratios']
+           'absent', 'race', 'train_arms', 'sample_arms', 'load_arms', 'peak_memory', 'matrix_peak', 'ratios']
 
 # %% ../nbs/bench.ipynb #c04
 import functools, gc, json, statistics, subprocess, sys, tempfile, time, warnings
@@ -161,7 +161,12 @@ def rectified_flow(size:dict, batch:int, device:str="cpu", dtype:torch.dtype=tor
     flow, average = RectifiedFlow(net), EMA(net, beta=.9999, update_after_step=0, update_every=1)
     return _loop(lambda x1, y: flow(x1, y=y), list(net.parameters()), from_memory(size["image_size"], batch, device), device, dtype, compile, True, average.update)
 
-# %% ../nbs/bench.ipynb #c19
+# %% ../nbs/bench.ipynb #c16
+def absent() -> list: # names of arms
+    "The others that are not installed here, and so do not run."
+    return [a for a, package in {"diffusers": "diffusers", "rectified-flow": "rectified_flow_pytorch"}.items() if not find_spec(package)]
+
+# %% ../nbs/bench.ipynb #c20
 def race(
     arms:dict, # name -> function that makes a step
     rounds:int=9, # turns of each
@@ -186,7 +191,7 @@ def race(
     ready.clear(); gc.collect()
     return {n: dict(median=statistics.median(t), min=min(t), start=round(start[n], 1)) for n, t in times.items()}
 
-# %% ../nbs/bench.ipynb #c20
+# %% ../nbs/bench.ipynb #c21
 def train_arms(size:dict, batch:int, device:str="cpu", compiled:bool=True) -> dict:
     "Every arm of a training step, by name; the ones called 32 compute in float32."
     half = pick_precision("auto", torch.device(device))
@@ -200,11 +205,7 @@ def train_arms(size:dict, batch:int, device:str="cpu", compiled:bool=True) -> di
             arms[f"{name} 32 compiled"] = make(arm, compile=True, **kw); arms[f"{name} compiled"] = make(arm, dtype=half, compile=True, **kw)
     return {name: arm for name, arm in arms.items() if name.split()[0] not in absent()}
 
-def absent() -> list: # names of arms
-    "The others that are not installed here, and so do not run."
-    return [a for a, package in {"diffusers": "diffusers", "rectified-flow": "rectified_flow_pytorch"}.items() if not find_spec(package)]
-
-# %% ../nbs/bench.ipynb #c24
+# %% ../nbs/bench.ipynb #c25
 def sample_arms(size:dict, device:str="cpu", compiled:bool=True, num_steps:int=50, n:int=8) -> dict:
     "Every arm of guided sampling, by name."
     half, s = pick_precision("auto", torch.device(device)), size["image_size"]
@@ -236,7 +237,7 @@ def sample_arms(size:dict, device:str="cpu", compiled:bool=True, num_steps:int=5
                           "diffusers 32 compiled": peer(torch.float32, True), "diffusers compiled": peer(half, True)}
     return {name: arm for name, arm in arms.items() if name.split()[0] not in absent()}
 
-# %% ../nbs/bench.ipynb #c27
+# %% ../nbs/bench.ipynb #c28
 def load_arms(size:dict, batch:int, device:str="cpu") -> dict:
     "Ways to get a batch, by name."
     cats = Cats(*_pictures(size["image_size"]), size=size["image_size"], device=device)
@@ -245,7 +246,7 @@ def load_arms(size:dict, batch:int, device:str="cpu") -> dict:
         return lambda: [z.to(device) for z in next(batches)]
     return {"tinycats": lambda: lambda: cats.batch(1, batch), "DataLoader of JPEG files": files}
 
-# %% ../nbs/bench.ipynb #c30
+# %% ../nbs/bench.ipynb #c31
 def peak_memory(
     arm:str, # as in `train_arms`
     size:str, # "full" or "demo"
@@ -268,7 +269,7 @@ print("MB", (held() - before)/2**20)"""
     if done.returncode: raise RuntimeError(f"{arm}: {done.stderr.strip().splitlines()[-1]}")
     return float(done.stdout.split("MB")[-1])
 
-# %% ../nbs/bench.ipynb #c38
+# %% ../nbs/bench.ipynb #c39
 def matrix_peak(device:str="cpu", dtype:torch.dtype=torch.bfloat16, n:int|None=None) -> float: # operations per second
     "The best rate of a large square matrix product."
     n = n or (2048 if device == "cpu" else 8192)
@@ -276,7 +277,7 @@ def matrix_peak(device:str="cpu", dtype:torch.dtype=torch.bfloat16, n:int|None=N
     best = race({"product": lambda: lambda: a @ b}, 9, device)["product"]["min"]
     return 2*n**3/best
 
-# %% ../nbs/bench.ipynb #c47
+# %% ../nbs/bench.ipynb #c48
 def ratios(train:dict, sample:dict) -> dict:
     "Time of others over ours, from the tables of `race` at full size; `_equal` compares float32 with float32."
     best = lambda table, name, equal: min(v["median"] for k, v in table.items() if k.startswith(name) and (not equal or " 32" in k))
