@@ -30,7 +30,7 @@ evaluate: $(READY) ## draw cats with a run and judge them: run=toy args="-p cfg_
 
 test: $(READY) ## run every test of the book, then those of tests/; for pytest: args="-k house"
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test
-	$(BIN)/python -m pytest tests $(args)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests $(args)
 
 lab: $(READY) ## open the book in JupyterLab
 	@$(BIN)/jupyter-lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(args)
@@ -74,7 +74,7 @@ browser: $(READY) ## try the explorer in JupyterLab and voila with a real chromi
 
 constraints: $(READY) ## pin the newest versions of everything (in an environment of the oldest Python)
 	@$(BIN)/python -c '$(CHECK)' $(firstword $(VERSIONS))
-	$(BIN)/python -m pip install -q -U --upgrade-strategy eager -e '.[dev]'
+	$(BIN)/python -m pip install -q -U --upgrade-strategy eager -e '.[dev,bench,fid]'
 	@{ grep '^#' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable \
 	  | grep -Eiv '^(nvidia|cuda|triton|tinycats|setuptools|wheel|#)' | sed 's/+.*//' | sort -f; } > constraints.new
 	@mv constraints.new constraints.txt

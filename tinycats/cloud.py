@@ -47,7 +47,7 @@ def recipe() -> SimpleNamespace: # python, packages, pins, env, package, files
     root, ini = _root(), ConfigParser()
     ini.read(root/"settings.ini", encoding="utf-8")
     files = ["settings.ini", "constraints.txt", *(f"nbs/{n}.ipynb" for n in NOTEBOOKS if _notebook(n).exists())]
-    return SimpleNamespace(python=ini["DEFAULT"]["min_python"], packages=ini["DEFAULT"]["requirements"].split(), pins=root/"constraints.txt",
+    return SimpleNamespace(python=ini["DEFAULT"]["min_python"], packages=f'{ini["DEFAULT"]["requirements"]} {ini["DEFAULT"]["fid_requirements"]}'.split(), pins=root/"constraints.txt",
                            env={"OMP_NUM_THREADS": "1"}, package="tinycats", files={root/f: f"{WORK}/{f}" for f in files})
 
 def _image(r):
@@ -337,6 +337,7 @@ def pull(
 ) -> Path: # outputs/<run> on this computer
     "Bring a run home from the outputs volume; FileNotFoundError if there is none of that name."
     check_params({"run": run}, {"run": (str, "")})
+    _not_ours(run)
     volume, home = modal.Volume.from_name(OUTPUTS), _home()/"outputs"
     for entry in _listed(volume, run):
         skip = ".claim" in entry.path or entry.path.endswith(".part") or ("/checkpoints/" in entry.path and not checkpoints)
@@ -348,7 +349,14 @@ def pull(
         with open(part, "wb") as f: f.writelines(volume.read_file(entry.path))
         os.utime(part, (entry.mtime, entry.mtime))
         os.replace(part, there)
+    (home/run).mkdir(parents=True, exist_ok=True); (home/run/".cloud").touch()
     return home/run
+
+def _not_ours(run):
+    "Refuses the name of a run that was made on this computer; what `pull` brought has a file `.cloud`."
+    folder = _home()/"outputs"/run
+    if (folder/"config.json").exists() and not (folder/".cloud").exists():
+        raise ParameterError(f"run={run!r}: {folder} holds a run of this computer, and one from the cloud would overwrite it; choose another name with --run, or move it away")
 
 def _listed(volume, run):
     "All that a run holds in the cloud."
@@ -361,7 +369,7 @@ def in_one_line(f, *args, **kw):
     except (ParameterError, OSError, RuntimeError, modal.exception.Error) as e:
         raise SystemExit(f"{type(e).__name__ + ': ' if not isinstance(e, (ParameterError, OSError)) else ''}{' '.join(str(e).split())}") from None
 
-# %% ../nbs/09_cloud.ipynb #c55
+# %% ../nbs/09_cloud.ipynb #c56
 @app.local_entrypoint()
 def main(*words:str):
     "Train or evaluate in the cloud: modal run -m tinycats.cloud --run big --steps 500"
@@ -370,6 +378,7 @@ def main(*words:str):
 def _main(words, detached):
     plan, call = asked(words), uuid.uuid4().hex
     work, runs = {"train": train, "evaluate": evaluate}[plan.notebook], [s["run"] for s in plan.sets]
+    for run in runs: _not_ours(run)
     print(*_estimated(plan), sep="\n", flush=True)
     if plan.notebook == "evaluate":
         for run in runs: _listed(outputs, run)

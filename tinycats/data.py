@@ -331,8 +331,9 @@ class Cats:
         self.pictures, self.labels = pictures.to(device), labels.to(device, torch.int64)
         self.size, self.seed, self.flip, self.num_classes = size, seed, flip, num_classes
         count = labels.cpu().long().bincount(minlength=num_classes)
+        self.dice = "cpu" if torch.device(device).type == "mps" else device                   # Apple's GPUs have no float64
         present = count.nonzero()[:, 0]                                                       # the classes there are,
-        self.order, self.count, self.start = (i.to(device) for i in                           # and where their pictures are
+        self.order, self.count, self.start = (i.to(self.dice) for i in                        # and where their pictures are
             (labels.cpu().argsort(stable=True), count[present], (count.cumsum(0) - count)[present]))
 
     def __len__(self): return len(self.pictures)
@@ -344,14 +345,15 @@ class Cats:
         "The batch of a step: breeds equally often, pictures of a breed at random, cut and mirrored at random."
         h, w = self.pictures.shape[-2:]
         high, wide = (h, w) if self.size is None else (self.size, self.size)
-        here = dict(device=self.pictures.device)
+        here = dict(device=self.dice)
         turn = _uniform(self.count.shape, self.seed, step, 0, **here).argsort()[torch.arange(batch_size, **here) % len(self.count)]
         pick, top, left, mirror = _uniform((batch_size, 4), self.seed, step, 1, **here).unbind(1)
         which = self.order[self.start[turn] + (pick*self.count[turn]).long()]
         rows = (top*(h - high + 1)).long()[:, None] + torch.arange(high, **here)
         cols = (left*(w - wide + 1)).long()[:, None] + torch.arange(wide, **here)
         if self.flip: cols = torch.where(mirror[:, None] < .5, cols.flip(1), cols)
-        channels = torch.arange(3, **here)[:, None, None]
+        which, rows, cols = (i.to(self.pictures.device) for i in (which, rows, cols))
+        channels = torch.arange(3, device=which.device)[:, None, None]
         return to_float(self.pictures[which[:, None, None, None], channels, rows[:, None, :, None], cols[:, None, None]]), self.labels[which]
 
 def _check(pictures, labels, size, num_classes):

@@ -7,9 +7,10 @@ __all__ = ['log', 'lr_at', 'pick_precision', 'can_compile', 'run_facts', 'step_s
            'heed_signals', 'snapshot', 'append_whole', 'Trainer', 'progress']
 
 # %% ../nbs/05_trainer.ipynb #c02
-import contextlib, hashlib, json, logging, math, os, platform, shutil, signal, subprocess, threading, time
+import contextlib, hashlib, json, logging, math, os, platform, shutil, signal, subprocess, sysconfig, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from errno import EDQUOT, EFBIG, ENOSPC
+from importlib.util import find_spec
 from pathlib import Path
 import tinycats, torch
 from torch import nn, Tensor
@@ -50,11 +51,13 @@ def pick_precision(
 def can_compile(
     device:torch.device, # where the network lives
 ) -> bool:
-    "Whether a compiled step is likely to pay and can be had: on a CUDA GPU from the T4 on, with a C compiler."
+    "Whether a compiled step is likely to pay and can be had: on a CUDA GPU from the T4 on, with Triton, a C compiler and Python's headers."
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 5): return False
-    if os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang"))): return True
-    log.warning("no C compiler here, so the network is not compiled and trains more slowly: install gcc")
-    return False
+    there = {"gcc": os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang"))), "triton": find_spec("triton"),
+             "Python's headers (python3-dev)": Path(sysconfig.get_paths()["include"], "Python.h").is_file()}
+    missing = [name for name, found in there.items() if not found]
+    if missing: log.warning("the network is not compiled and trains more slowly: install %s", ", ".join(missing))
+    return not missing
 
 # %% ../nbs/05_trainer.ipynb #c15
 def run_facts(
@@ -264,7 +267,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
         bad = ~(torch.isfinite(norm) & torch.isfinite(losses).all())
-        self.optimizer.found_inf = bad.float()  # AdamW leaves everything as it is where this is 1
+        self.optimizer.found_inf = bad.float()  # where this is 1 AdamW leaves everything as it is; float16's scaler sets its own
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.ema.update(self.model)
@@ -377,7 +380,8 @@ class Trainer:
 
     def take_over(self, state):
         "Be where a checkpoint was."
-        for name in ("model", "ema", "optimizer", "scaler"): getattr(self, name).load_state_dict(state[name])
+        for name in ("model", "ema", "optimizer"): getattr(self, name).load_state_dict(state[name])
+        if state["scaler"]: self.scaler.load_state_dict(state["scaler"])  # a run in another precision had none
         self.sums.copy_(state["sums"]); self.bad.copy_(state["bad"])
         self.earlier_s = state["train_seconds"]
         if state["micro_batch"] == self.micro_batch: self.micro = state["micro"]  # as memory allowed; a new wish is tried afresh
@@ -407,7 +411,7 @@ def _check_identity(theirs, ours, changes, folder):
         if theirs.get(k) != v and k not in changes:
             raise ValueError(f"{k} is {v}, but the run in {folder} began with {theirs.get(k)}: use that, choose another run name, or name {k} in changes")
 
-# %% ../nbs/05_trainer.ipynb #c62
+# %% ../nbs/05_trainer.ipynb #c64
 def progress(
     records, # from `Trainer.fit`
     steps:int, # length of the run
