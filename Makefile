@@ -67,7 +67,7 @@ soak: $(READY) ## kill a run more than a thousand times
 bench: $(READY) ## race tinycats against other code, turn by turn, into outputs/bench; in a hurry: quick=1
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@mkdir -p outputs/bench
-	@$(RUNS) nbs/bench.ipynb outputs/bench/bench.ipynb -p quick $(if $(quick),True,False) $(args)
+	@$(RUNS) nbs/bench.ipynb outputs/bench/bench.ipynb -p quick $(if $(filter-out 0 no false False,$(quick)),True,False) $(args)
 
 browser: $(READY) ## try the explorer in JupyterLab and voila with a real chromium, ten times in a row
 	@for i in 1 2 3 4 5 6 7 8 9 10; do $(BIN)/python -m pytest -q -x -s tests/test_browser.py $(args) || exit 1; done
