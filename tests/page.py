@@ -6,6 +6,7 @@ Parameters are name=value as Python would write it, or plain words; `-f FILE` re
 page would show are saved as page_<name>/<number>.png in the folder TINYCATS_PAGE (default: outputs)."""
 import ast, json, os, sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 
 def taken(text):
@@ -46,14 +47,21 @@ def main(page, *words):
             folder.mkdir(parents=True, exist_ok=True)
             save(folder/f"{count:02d}.png"); count += 1
     plt.show = lambda: show()
-    space = {"__name__": "__main__", "display": show}
+    try: import IPython.display
+    except ImportError:
+        said = lambda data=None, *_, **__: data if isinstance(data, str) else None      # text is printed; a picture of bytes was saved elsewhere
+        sys.modules |= {"IPython": ModuleType("IPython"), "IPython.display": SimpleNamespace(Image=said, Markdown=said, display=show, clear_output=lambda *_, **__: None)}
+    space = {"__name__": "__main__", "display": show, "In": [""]}
     for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] != "code": continue
         tree = ast.parse("".join(cell["source"]))
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, str(page), "exec"), space)
         if last is not None and (value := eval(compile(ast.Expression(last.value), str(page), "eval"), space)) is not None: show(value)
-        if "parameters" in cell["metadata"].get("tags", []): space.update(given(list(words)))
+        space["In"].append("".join(cell["source"]))
+        if "parameters" in cell["metadata"].get("tags", []):
+            space.update(told := given(list(words)))
+            space["In"].append("# Parameters\n" + "\n".join(f"{k} = {v!r}" for k, v in told.items()))
 
 
 if __name__ == "__main__": main(*sys.argv[1:])

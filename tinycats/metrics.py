@@ -91,7 +91,7 @@ def features(
     "What a network makes of pictures."
     done = []
     for start in range(0, len(pictures), batch_size):
-        done.append(net(_bytes(pictures[start:start + batch_size]).to(device)).flatten(1).double().cpu())
+        done.append(net(_bytes(pictures[start:start + batch_size]).to(device)).flatten(1).cpu().double())
         if told: told(start + len(done[-1]), len(pictures))
     return torch.cat(done)
 
@@ -124,6 +124,7 @@ def matched(
     seed:int=0, # another seed, another choice
 ) -> Tensor: # indices, breed by breed; fewer where there are not enough
     "Choose pictures so that each breed occurs as often as in `like`."
+    labels, like = labels.cpu(), like.cpu()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     return torch.cat([order[labels[order] == b][:n] for b, n in enumerate(like.bincount().tolist())])
@@ -229,6 +230,7 @@ def high_frequency(
 ) -> Tensor: # (n,) root mean square of the fine part, in units of the full range of grey
     "How strong the fine detail of each picture is."
     h, w = pictures.shape[-2:]
+    pictures = pictures.cpu()
     fine = torch.fft.fftfreq(h)[:, None].square() + torch.fft.fftfreq(w).square() > band**2
     window = torch.hann_window(h, False)[:, None] * torch.hann_window(w, False)                        # no false edge where the picture ends
     grey = torch.cat([torch.einsum("nchw,c->nhw", _float(p)/2, torch.tensor([.299, .587, .114])) for p in pictures.split(256)])
@@ -260,7 +262,7 @@ def loss_by_time(
     for some, y in zip(pictures.split(batch_size), labels.split(batch_size)):
         x1, y = _float(some).to(device), y.to(device)
         x0 = torch.randn(x1.shape, generator=generator).to(device)
-        total += torch.stack([loss(model, x1, y, x0, torch.full((len(y),), float(t), device=device)).sum().double().cpu() for t in times])
+        total += torch.stack([loss(model, x1, y, x0, torch.full((len(y),), float(t), device=device)).sum().cpu().double() for t in times])
     return (total / len(pictures)).tolist()
 
 # %% ../nbs/07_metrics.ipynb #c67
