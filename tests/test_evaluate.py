@@ -210,8 +210,19 @@ def test_real_cats(project, eyes, monkeypatch):
     told = cells(run="tiny", **FEW, **eyes, data="pets", data_root=str(pets.parent), fid=False)
     found = told["found"]
     assert (found["n"], found["n_heldout"], found["n_training"]) == (24, 1183, 1182) and found["fd"] > found["fd_floor"] > 0 and "Other" not in told["rounded"]
-    heads = cells(run="tiny", **FEW, **eyes, data="heads", data_root=str(pets.parent), fid=False)["found"]
+    from tinycats import metrics
+    monkeypatch.setattr(metrics, "inception", lambda device: lambda x: x.float().mean((2, 3))/50)
+    seen, taught, pet_scores = [], metrics.train_judge, metrics.scores
+    monkeypatch.setattr(metrics, "train_judge", lambda x, y, steps: seen.append(len(y)) or taught(x, y, steps=20))
+    monkeypatch.setattr(metrics, "scores", lambda d, a, unseen, training, *args, **kw: seen.append((len(training[1]), kw["originals"].shape[-1])) or pet_scores(d, a, unseen, training, *args, **kw))
+    told = cells(run="tiny", **FEW, data="heads", data_root=str(pets.parent), name="heads")
+    heads, count = told["found"], len(told["training"][1])
     assert 200 < heads["n_heldout"] < 300 < heads["n_training"] < 1182 and heads["n"] == 24 and heads["fd"] != found["fd"]
+    assert seen == [(count + 1)//2, (count//2, 18)] and count == heads["n_training"]            # one half teaches, the other is judged; copies are looked for in all, uncut
+    for (x, y), (large, of) in zip((told["training"], told["unseen"]), told["whole"]): assert torch.equal(x, large[..., 1:17, 1:17]) and torch.equal(y, of) and large.shape[-1] == 18
+    assert set(told["fresh"][1].tolist()) == set(told["training"][1][::2].tolist()) == set(range(12))
+    same = metrics.distances(told["points"], dict(drawn=told["asked"], heldout=told["unseen"][1], training=told["training"][1]), seed=0)
+    assert heads["fid"] == same["fd"] and heads["fid_train_floor"] == same["fd_train_floor"]
     assert 1/12 < found["breed_accuracy_real"] and found["high_frequency_ratio_real"] == pytest.approx(1, abs=.15)
 
 
@@ -239,6 +250,27 @@ def test_compare_ema(tmp_path):
         with pytest.raises(ValueError, match="no such breed"): cells("compare_ema", **few | dict(breeds=["Cat"]))
         (run/"short").unlink(); shutil.rmtree(run/"checkpoints")
         with pytest.raises(ValueError, match="has no checkpoints; train it with keep_every"): cells("compare_ema", **few)
+
+
+def test_sweep(tmp_path, monkeypatch):
+    "What was swept is named, a seed too; runs are compared under one and the same settings, and the newest of them."
+    monkeypatch.chdir(tmp_path); (tmp_path/"settings.ini").touch()
+    def run(name, seed, **evaluations):
+        (tmp_path/"outputs"/name).mkdir(parents=True)
+        (tmp_path/"outputs"/name/"config.json").write_text(json.dumps(dict(run=name, seed=seed, lr=1e-3, num_steps=50, step=4500, breed_accuracy=.5)))
+        for place, fd in evaluations.items():
+            place = tmp_path/"outputs"/name/"evaluation"/place.replace("__", "-")
+            place.mkdir(parents=True)
+            (place/"scores.json").write_text(json.dumps(dict(fd=fd, seed=0, num_steps=25, cfg_scale=3.0, step=9, seconds=1.5, breed_accuracy=.75)))
+    run("a", 1, step_0000300=3., step_0004500=1., step_0004500__cfg_scale_3=9.); run("b", 2, step_0004500=2., step_0009000__cfg_scale_3=8.); run("c", 3)
+    names = cells("sweep", per_breed=0)
+    assert names["differ"] == ["seed"] and names["newest"] == dict(a="step_0004500", b="step_0004500", c=None)
+    assert [names["scores"][r].get("fd") for r in "abc"] == [1, 2, None] and names["scores"]["a"]["evaluation"] == "step_0004500"
+    assert all(s["step"] == 4500 and not {"seed", "num_steps", "cfg_scale", "seconds"} & set(s) for s in names["scores"].values())
+    assert names["scores"]["a"]["breed_accuracy"] == .75 and names["scores"]["c"]["breed_accuracy after training"] == .5 and "breed_accuracy" not in names["scores"]["c"]
+    shutil.rmtree(tmp_path/"outputs/b/evaluation/step_0004500")                                # now only one kind is there for both
+    names = cells("sweep", per_breed=0)
+    assert [names["scores"][r].get("fd") for r in "abc"] == [9, 8, None] and names["newest"]["a"] == "step_0004500-cfg_scale_3"
 
 
 def test_decays_that_do_not_bite_are_named(tmp_path, monkeypatch):

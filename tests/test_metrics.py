@@ -3,7 +3,7 @@ import pytest, torch, torch.nn.functional as F
 from helpers import shared
 from PIL import Image
 from tinycats.data import BREEDS, Cats, to_float
-from tinycats.metrics import (copies, features, fit_probe, frechet_distance, high_frequency_ratio, inception, kid, load_features, precision_recall)
+from tinycats.metrics import (copies, features, fit_probe, frechet_distance, high_frequency, high_frequency_ratio, inception, kid, load_features, matched, precision_recall)
 
 
 def random(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -45,6 +45,16 @@ def test_more_dimensions_than_pictures():
 def test_refused_in_one_line(measure, arguments, words):
     with pytest.raises(ValueError) as e: measure(*arguments)
     assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_away_from_the_cpu():
+    "Where there is a GPU: pictures and labels there give what they give here."
+    if not torch.cuda.is_available(): pytest.skip("no GPU")
+    x, labels = torch.rand(39, 3, 32, 32)*2 - 1, torch.arange(39) % 13
+    assert high_frequency(x.cuda()).cpu() == pytest.approx(high_frequency(x), rel=1e-4)
+    assert torch.equal(matched(labels.cuda(), labels[:13].cuda()).cpu(), matched(labels, labels[:13]))
+    eyes = lambda pictures: pictures.float().mean((2, 3))
+    assert torch.allclose(features(eyes, x.cuda(), device="cuda"), features(eyes, x))
 
 
 def test_inception_without_a_network(tmp_path, monkeypatch):

@@ -275,9 +275,10 @@ def distances(
     "Fréchet distance and KID to held-out and to training pictures, with the floors at equal N and equal breeds."
     measures, found = dict(fd=frechet_distance, kid=lambda a, b: kid(a, b, seed=seed)[0]), {}
     for to, other, end in (("heldout", "training", ""), ("training", "heldout", "_train")):
-        choices = [points[other][matched(labels[other], labels["drawn"], seed + i)] for i in range(draws)]
+        rows = [matched(labels[other], labels["drawn"], seed + i) for i in range(draws)]
+        choices, ours = [points[other][r] for r in rows], points["drawn"][matched(labels["drawn"], labels[other][rows[0]], seed)]
         for name, measure in measures.items():
-            found[f"{name}{end}"] = measure(points["drawn"], points[to])
+            found[f"{name}{end}"] = measure(ours, points[to])
             found[f"{name}{end}_floor"] = sum(measure(c, points[to]) for c in choices)/draws
     return found | dict(fd_gap=(found["fd"] - found["fd_floor"]) - (found["fd_train"] - found["fd_train_floor"]))
 
@@ -291,6 +292,7 @@ def scores(
     device="cpu", # where the net lives
     num_classes:int=13, # how many breeds there are
     seed:int=0, # of the choices of real pictures
+    originals:Tensor=None, # all that the network was trained on, uncut, where copies are looked for; None: those of `training`
     told=None, # for each set of pictures by name: a function of (done, all), such as `tinycats.gallery.countdown` gives
 ) -> tuple: # figures by name, None for what pictures of few breeds cannot tell; and evidence: points, labels, confusion, copies
     "Every figure of this chapter, with what real pictures reach and its N."
@@ -298,10 +300,11 @@ def scores(
     labels = {name: y for name, (_, y) in sets.items()}
     points = {name: features(net, x, device=device, told=told and told(f"features, {name}")) for name, (x, _) in sets.items()}
     real, other = (matched(y, asked, seed) for _, y in (heldout, training))                            # as many, of the same breeds
-    stolen, probe = copies(drawn, heldout[0], training[0]), fit_probe(points["training"], training[1], num_classes)
+    originals = training[0] if originals is None else originals
+    stolen, probe = copies(drawn, heldout[0], originals), fit_probe(points["training"], training[1], num_classes)
     seen, right = probe(points["drawn"]), (probe(points["heldout"]) == heldout[1])[real]
     whole = set(heldout[1].tolist()) <= set(asked.tolist())
-    found = dict(n=len(asked), n_real=len(real), n_heldout=len(heldout[1]), n_training=len(training[1]))
+    found = dict(n=len(asked), n_real=len(real), n_heldout=len(heldout[1]), n_training=len(originals))
     found |= distances(points, labels, seed=seed) | _lands(points, labels, seed) if whole else dict.fromkeys(_OF_ALL_BREEDS)
     found |= dict(breed_accuracy=(seen == asked).double().mean().item(), breed_accuracy_real=right.double().mean().item(),
                   copy_rate=stolen["rate"], copy_rate_real=stolen["rate_heldout"],
@@ -312,7 +315,8 @@ def scores(
 
 def _lands(points, labels, seed):
     "Precision and recall of the drawn, and of training pictures in their place, at equal breeds."
-    found, wanted = {}, labels["heldout"][matched(labels["heldout"], labels["drawn"], seed)]
+    found, wanted = {}, labels["drawn"]
+    for kind in ("heldout", "training"): wanted = labels[kind][matched(labels[kind], wanted, seed)]      # no more than all three have
     for kind, end in (("drawn", ""), ("training", "_real")):
         theirs = matched(labels[kind], wanted, seed)
         ours = matched(labels["heldout"], labels[kind][theirs], seed)
