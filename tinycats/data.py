@@ -21,7 +21,7 @@ def to_float(
     pictures:Tensor, # uint8, 0 to 255
 ) -> Tensor: # float32 in [-1, 1]
     "Stretch stored pictures onto [-1, 1]."
-    return pictures.to(torch.float32)/127.5 - 1
+    return pictures.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 def to_uint8(
     pictures:Tensor, # float, meant to lie in [-1, 1]
@@ -326,35 +326,46 @@ class Cats:
         flip:bool=True, # mirror half of them?
         device:str="cpu", # where the pictures are kept
         num_classes:int=len(BREEDS), # how many breeds there are
+        balanced_from:int=0, # the step from which on breeds come equally often; before it, pictures do
+        augment:float=0., # chance of each of five changes of a picture, of which the network is told
     ):
         _check(pictures, labels, size, num_classes)
-        self.pictures, self.labels = pictures.to(device), labels.to(device, torch.int64)
-        self.size, self.seed, self.flip, self.num_classes = size, seed, flip, num_classes
+        if not 0 <= augment <= 1: raise ValueError(f"augment={augment} is no chance; choose 0 to 1")
+        self.pictures, self.labels = pictures.to(device).contiguous(), labels.to(device, torch.int64)
+        self.size, self.seed, self.flip, self.num_classes, self.balanced_from, self.augment = size, seed, flip, num_classes, balanced_from, augment
+        self.augment_dim = len(_REACH) if augment else 0                                      # how many numbers tell what was changed
         count = labels.cpu().long().bincount(minlength=num_classes)
         self.dice = "cpu" if torch.device(device).type == "mps" else device                   # Apple's GPUs have no float64
         present = count.nonzero()[:, 0]                                                       # the classes there are,
-        self.order, self.count, self.start = (i.to(self.dice) for i in                        # and where their pictures are
-            (labels.cpu().argsort(stable=True), count[present], (count.cumsum(0) - count)[present]))
+        self.order, *by_breed, together, zero = (i.to(self.dice) for i in                     # and where their pictures are
+            (labels.cpu().argsort(stable=True), count[present], (count.cumsum(0) - count)[present], count.sum().view(1), torch.zeros(1, dtype=torch.int64)))
+        self.by_breed, self.as_they_are = by_breed, (together, zero)                          # how many, from where
 
     def __len__(self): return len(self.pictures)
 
     def batch(self,
         step:int, # number of the step, from 0
         batch_size:int, # how many pictures
-    ) -> tuple[Tensor, Tensor]: # float32 (b, 3, size, size) in [-1, 1], int64 (b,)
+    ) -> tuple: # float32 (b, 3, size, size) in [-1, 1], int64 (b,); with `augment` also float32 (b, augment_dim), what was changed
         "The batch of a step: breeds equally often, pictures of a breed at random, cut and mirrored at random."
         h, w = self.pictures.shape[-2:]
         high, wide = (h, w) if self.size is None else (self.size, self.size)
         here = dict(device=self.dice)
-        turn = _uniform(self.count.shape, self.seed, step, 0, **here).argsort()[torch.arange(batch_size, **here) % len(self.count)]
+        count, start = self.by_breed if step >= self.balanced_from else self.as_they_are
+        turn = _uniform(count.shape, self.seed, step, 0, **here).argsort()[torch.arange(batch_size, **here) % len(count)]
         pick, top, left, mirror = _uniform((batch_size, 4), self.seed, step, 1, **here).unbind(1)
-        which = self.order[self.start[turn] + (pick*self.count[turn]).long()]
-        rows = (top*(h - high + 1)).long()[:, None] + torch.arange(high, **here)
+        which = self.order[start[turn] + (pick*count[turn]).long()]
+        lines = (which[:, None]*3 + torch.arange(3, **here))[:, :, None]*h                    # of pixels, counted through all pictures
+        rows = lines + ((top*(h - high + 1)).long()[:, None] + torch.arange(high, **here))[:, None]
         cols = (left*(w - wide + 1)).long()[:, None] + torch.arange(wide, **here)
         if self.flip: cols = torch.where(mirror[:, None] < .5, cols.flip(1), cols)
         which, rows, cols = (i.to(self.pictures.device) for i in (which, rows, cols))
-        channels = torch.arange(3, device=which.device)[:, None, None]
-        return to_float(self.pictures[which[:, None, None, None], channels, rows[:, None, :, None], cols[:, None, None]]), self.labels[which]
+        cut = self.pictures.view(-1, w).index_select(0, rows.flatten()).view(batch_size, 3, high, w)
+        x1, y = to_float(cut.gather(3, cols[:, None, None].expand(batch_size, 3, high, wide))), self.labels[which]
+        if not self.augment: return x1, y
+        amount, chance = _uniform((batch_size, 2*len(_REACH)), self.seed, step, 2, **here).chunk(2, 1)
+        told = torch.where(chance < self.augment, 2*amount - 1, 0).float().to(x1.device)
+        return _changed(x1, told), y, told
 
 def _check(pictures, labels, size, num_classes):
     "Refuse what cannot be dealt out, in one line."
@@ -370,6 +381,17 @@ def _check(pictures, labels, size, num_classes):
         raise ValueError(f"size={size} cannot be cut from pictures of {shape[3]} x {shape[2]} pixels; choose 1 to {min(shape[2:])}, or larger pictures")
 
 # %% ../nbs/00_data.ipynb #c59
+_REACH = (.5, .3, .25, .25, .25)             # the largest zoom and stretch, in octaves, tilt in radians, shifts in half-pictures
+
+def _changed(pictures, told):
+    "Zoom, tilt, stretch and shift each picture by its shares of `_REACH`; what comes in from outside is mirrored."
+    zoom, tilt, stretch, right, down = (share*most for share, most in zip(told.unbind(1), _REACH))
+    wide, high, cos, sin = 2**(-zoom - stretch), 2**(stretch - zoom), tilt.cos(), tilt.sin()
+    matrix = torch.stack([wide*cos, -high*sin, right, wide*sin, high*cos, down], 1).view(-1, 2, 3)
+    grid = torch.nn.functional.affine_grid(matrix, pictures.shape, align_corners=False)
+    return torch.nn.functional.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False)
+
+# %% ../nbs/00_data.ipynb #c65
 # Training cats of which a near-duplicate (after the arrow) lies in the test split.
 _TWINS = dict(line.split(" -> ") for line in """Egyptian_Mau_138 -> Egyptian_Mau_219
 Egyptian_Mau_186 -> Egyptian_Mau_6
@@ -414,7 +436,7 @@ def _decode(photos, size, heads={}):
     if broken: raise ValueError(f"{len(broken)} of {len(done)} pictures cannot be decoded: {'; '.join(broken[:3])}; fetch them again")
     return torch.stack(done)
 
-# %% ../nbs/00_data.ipynb #c62
+# %% ../nbs/00_data.ipynb #c68
 def _cache_file(base, cache, name):
     "Where prepared pictures are kept: in `cache`, else beside the data, else in the user's cache folder."
     if cache is None:
@@ -439,7 +461,7 @@ def _cached(path, source, make):
     except (OSError, SafetensorError) as e: warnings.warn(f"prepared pictures are not kept in {path.parent}: {e}")
     return pictures
 
-# %% ../nbs/00_data.ipynb #c63
+# %% ../nbs/00_data.ipynb #c69
 def _head_boxes(folder):
     "Where heads are, {name: (left, top, right, bottom)} as shares of width and height, for the pictures that say."
     import csv, xml.etree.ElementTree as ET
@@ -457,7 +479,7 @@ def _held_out(name):
     "Whether a picture is of the fifth that is held out: chance decides, by name and always alike."
     return hashlib.sha256(name.encode()).digest()[0] % 5 == 0
 
-# %% ../nbs/00_data.ipynb #c64
+# %% ../nbs/00_data.ipynb #c70
 def load_pets(
     root:str="data", # folder that holds oxford-iiit-pet; a relative one is looked up from `project_root()`
     split:str="trainval", # trainval or test

@@ -107,6 +107,7 @@ class TinyDiT(nn.Module):
         num_classes:int=13, # breeds; index `num_classes` is the null breed
         dropout:float=0., # share of each block's output that is dropped in training
         prediction:str="clean", # what the last layer says: "clean" picture or "velocity"
+        augment_dim:int=0, # numbers that tell how a training picture was changed; 0: none
     ):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         _check(**self.config)
@@ -118,18 +119,21 @@ class TinyDiT(nn.Module):
         self.time = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.breed = nn.Embedding(num_classes + 1, dim)
         self.modulation = nn.Linear(dim, 6*dim)
+        self.augment = nn.Linear(augment_dim, dim, bias=False) if augment_dim else None
         self.blocks = nn.ModuleList(Block(dim, num_heads, dropout) for _ in range(depth))
         self.table, self.out = nn.Parameter(torch.zeros(2, dim)), nn.Linear(dim, 3*patch_size**2)
         self.apply(_init)
-        for layer in (self.modulation, self.out): nn.init.zeros_(layer.weight)
+        for layer in (self.modulation, self.out, *[self.augment]*bool(augment_dim)): nn.init.zeros_(layer.weight)
 
     def forward(self,
         xt:Tensor, # (b, 3, h, w) noisy pictures
         t:Tensor, # (b,) times, 0 (noise) to 1 (picture)
         y:Tensor, # (b,) breeds, 0 to `num_classes`; `num_classes` is the null breed
+        augment:Tensor|None=None, # (b, augment_dim) how the pictures were changed; None: not at all
     ) -> Tensor: # (b, 3, h, w) the guess of the clean pictures, float32
         if xt.shape[-2:] != (s := (self.image_size,)*2): raise ValueError(f"pictures of {tuple(xt.shape[-2:])}: this network is for {s}")
         c = self.time(time_features(t)) + self.breed(y)
+        if augment is not None: c = c + self.augment(augment)
         x = self.embed(patchify(xt, self.patch_size)) + self.positions
         shared = self.modulation(F.silu(c)).unflatten(1, (6, -1))
         for block in self.blocks: x = block(x, shared)
@@ -147,7 +151,9 @@ def _keep_memory():
 
 # %% ../nbs/01_dit.ipynb #c31
 def _init(m):
-    if isinstance(m, nn.Linear): nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
+    if isinstance(m, nn.Linear):
+        nn.init.xavier_uniform_(m.weight)
+        if m.bias is not None: nn.init.zeros_(m.bias)
     if isinstance(m, nn.Embedding): nn.init.normal_(m.weight, std=.02)
 
 def _check(image_size, patch_size, dim, depth, num_heads, prediction, **_):
@@ -157,7 +163,7 @@ def _check(image_size, patch_size, dim, depth, num_heads, prediction, **_):
     if dim % num_heads: raise ValueError(f"num_heads {num_heads} does not divide dim {dim}: choose a divisor")
     if prediction not in ("clean", "velocity"): raise ValueError(f"prediction {prediction!r}: choose 'clean' or 'velocity'")
 
-# %% ../nbs/01_dit.ipynb #c47
+# %% ../nbs/01_dit.ipynb #c49
 def save_model(
     model:TinyDiT, # the network
     path:str|Path, # where to; ends in .safetensors
@@ -168,7 +174,7 @@ def save_model(
     weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in model.state_dict().items()}
     save_file(weights, path, metadata={"config": json.dumps(model.config), "facts": json.dumps(facts)})
 
-# %% ../nbs/01_dit.ipynb #c48
+# %% ../nbs/01_dit.ipynb #c50
 def load_model(
     path:str|Path, # a .safetensors file, or a run folder: its ema.safetensors; relative paths are also looked for in the folders above
     device:str|torch.device="cpu", # where the network should live

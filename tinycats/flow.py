@@ -37,10 +37,11 @@ def flow_loss(
     y:Tensor, # (b,) breeds
     x0:Tensor, # (b, 3, h, w) noise
     t:Tensor, # (b,) times in [0, 1]
+    *told, # whatever else the model wants to know of each picture
     floor:float=.05, # divide by no less than this; arXiv 2511.13720
 ) -> Tensor: # (b,) squared error of the velocity, averaged over each picture, float32
     "How far the guessed direction is from the true one."
-    error = model(interpolate(x0, x1, t), t, y).float() - x1.float()
+    error = model(interpolate(x0, x1, t), t, y, *told).float() - x1.float()
     return (error / (1 - t.float()).clamp(min=floor).view(-1, 1, 1, 1)).square().mean(dim=(1, 2, 3))
 
 # %% ../nbs/02_flow.ipynb #c17

@@ -84,11 +84,11 @@ def step_seed(
 # %% ../nbs/05_trainer.ipynb #c19
 def accumulate(
     model, # (xt, t, y) -> guess of the clean pictures
-    batch:tuple, # x1, y, x0, t of the whole batch
+    batch:tuple, # x1, y, x0, t of the whole batch, and what else the loss wants of each picture
     micro:int, # pictures at a time
     dtype:torch.dtype=torch.float32, # of the matrix products
     scale=lambda loss: loss, # scales the loss before the backward pass (float16 needs it)
-    loss_fn=flow_loss, # (model, x1, y, x0, t) -> (b,) losses; `flow_loss`, or the same compiled
+    loss_fn=flow_loss, # (model, x1, y, x0, t, ...) -> (b,) losses; `flow_loss`, or the same compiled
 ) -> Tensor: # (b,) losses; the gradients are in the weights
     "Gradients of the mean loss of a batch, a piece at a time."
     losses, b, kind = [], len(batch[0]), batch[0].device.type
@@ -257,13 +257,13 @@ class Trainer:
 
     def take_step(self):
         "One optimizer step; all that is random in it follows from the seed and the step."
-        x1, y = self.cats.batch(self.step, self.batch_size)
+        x1, y, *told = self.cats.batch(self.step, self.batch_size)
         torch.manual_seed(step_seed(self.seed, self.step))
         x0, t = torch.randn_like(x1), self.times(len(x1), x1.device)
         y = drop_labels(y, self.label_drop, getattr(self.model, "num_classes", 13))
         for group in self.optimizer.param_groups: group.update(lr=self.lr_now, weight_decay=self.weight_decay)
         self.model.train()
-        losses, self.micro = accumulate_within_memory(self.model, (x1, y, x0, t), self.micro, self.dtype, self.scaled, self.loss_fn)
+        losses, self.micro = accumulate_within_memory(self.model, (x1, y, x0, t, *told), self.micro, self.dtype, self.scaled, self.loss_fn)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
         bad = ~(torch.isfinite(norm) & torch.isfinite(losses).all())
@@ -321,7 +321,8 @@ class Trainer:
         "The settings that shape the course of a run: a checkpoint with others is of another run."
         names = "steps batch_size lr lr_min weight_decay warmup_steps grad_clip label_drop seed".split()
         return {k: getattr(self, k) for k in names} | dict(ema_decay=list(self.ema_decay), times=getattr(self.times, "__name__", type(self.times).__name__),
-            pictures=len(self.cats), breeds=self.cats.num_classes) | getattr(self.model, "config", {})
+            pictures=len(self.cats), breeds=self.cats.num_classes, balanced_from=getattr(self.cats, "balanced_from", 0),
+            augment=getattr(self.cats, "augment", 0.)) | getattr(self.model, "config", {})
 
     def save(self):
         "Write a checkpoint with everything the next step depends on, if the folder is still ours; `saved` waits for it."
@@ -408,8 +409,8 @@ def _check_identity(theirs, ours, changes, folder):
     if strange := [k for k in changes if k not in ours]:
         raise ValueError(f"changes names {strange[0]}, which is no setting of a run's course: choose among {', '.join(ours)}")
     for k, v in ours.items():
-        if theirs.get(k) != v and k not in changes:
-            raise ValueError(f"{k} is {v}, but the run in {folder} began with {theirs.get(k)}: use that, choose another run name, or name {k} in changes")
+        if theirs.get(k, v) != v and k not in changes:                              # an older run may not know a setting yet
+            raise ValueError(f"{k} is {v}, but the run in {folder} began with {theirs[k]}: use that, choose another run name, or name {k} in changes")
 
 # %% ../nbs/05_trainer.ipynb #c64
 def progress(
