@@ -13,7 +13,7 @@ CHECK    := import sys; found = "%d.%d" % sys.version_info[:2]; \
             found in sys.argv[1:] or sys.exit("This is Python %s, and tinycats runs on %s. Name one of them: \
             make PYTHON=python%s ..." % (found, " ".join(sys.argv[1:]), sys.argv[len(sys.argv)//2]))
 
-.PHONY: help demo evaluate test lab explore data pull readme book toy soak browser sabotage bench constraints
+.PHONY: help demo evaluate ablation settings test lab explore data pull readme book toy soak browser sabotage bench constraints
 
 help: ## say what there is (this list)
 	@awk -F':.*## ' '/^[a-z]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,15 @@ evaluate: $(READY) ## draw cats with a run and judge them: run=toy args="-p cfg_
 	@test -d 'outputs/$(run)' || { echo "run=$(run): there is no folder outputs/$(run); train it with make demo run=$(run), or try run=toy" >&2; exit 1; }
 	@mkdir -p outputs/$(run)/evaluation
 	@$(RUNS) nbs/evaluate.ipynb outputs/$(run)/evaluation/evaluate.ipynb $(args) -p run $(run)
+
+ablation: $(READY) ## train a recipe several times, one thing changed each time: run=heads64 args="-f nbs/params/ablation64.yaml"
+	@mkdir -p outputs/ablation/$(run)
+	@$(RUNS) nbs/ablation.ipynb outputs/ablation/$(run)/ablation.ipynb $(args) -p run $(run)
+
+settings: $(READY) ## draw with a run in many ways and judge each: run=toy
+	@test -d 'outputs/$(run)' || { echo "run=$(run): there is no folder outputs/$(run); train it with make demo run=$(run), or try run=toy" >&2; exit 1; }
+	@mkdir -p outputs/$(run)/settings
+	@$(RUNS) nbs/settings.ipynb outputs/$(run)/settings/settings.ipynb $(args) -p run $(run)
 
 test: $(READY) ## run every test of the book, then those of tests/; for pytest: args="-k house"
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test

@@ -219,7 +219,8 @@ def test_real_cats(project, eyes, monkeypatch):
     heads, count = told["found"], len(told["training"][1])
     assert 200 < heads["n_heldout"] < 300 < heads["n_training"] < 1182 and heads["n"] == 24 and heads["fd"] != found["fd"]
     assert seen == [(count + 1)//2, (count//2, 18)] and count == heads["n_training"]            # one half teaches, the other is judged; copies are looked for in all, uncut
-    for (x, y), (large, of) in zip((told["training"], told["unseen"]), told["whole"]): assert torch.equal(x, large[..., 1:17, 1:17]) and torch.equal(y, of) and large.shape[-1] == 18
+    (x, y), (large, of) = told["training"], told["originals"]
+    assert torch.equal(x, large[..., 1:17, 1:17]) and torch.equal(y, of) and large.shape[-1] == 18
     assert set(told["fresh"][1].tolist()) == set(told["training"][1][::2].tolist()) == set(range(12))
     same = metrics.distances(told["points"], dict(drawn=told["asked"], heldout=told["unseen"][1], training=told["training"][1]), seed=0)
     assert heads["fid"] == same["fd"] and heads["fid_train_floor"] == same["fd_train_floor"]

@@ -8,7 +8,7 @@ import readme
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted((ROOT/"nbs").glob("[0-9][0-9]_*.ipynb"))
-RUNNABLE = [ROOT/"nbs"/f"{n}.ipynb" for n in ("train", "evaluate", "compare_ema", "explore", "sweep", "bench")]
+RUNNABLE = [ROOT/"nbs"/f"{n}.ipynb" for n in ("train", "evaluate", "compare_ema", "explore", "sweep", "bench", "ablation", "settings")]
 NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
 MODULES = sorted(p.stem for p in (ROOT/"tinycats").glob("*.py") if not p.stem.startswith("_"))
 

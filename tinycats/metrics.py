@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BreedNet', 'train_judge', 'confusion', 'accuracy', 'features', 'frechet_distance', 'matched', 'kid',
            'precision_recall', 'fit_probe', 'patterns', 'nearest', 'copies', 'high_frequency', 'high_frequency_ratio',
-           'loss_by_time', 'distances', 'scores', 'report', 'load_features', 'inception']
+           'loss_by_time', 'distances', 'scores', 'report', 'load_features', 'inception', 'pick_features']
 
 # %% ../nbs/07_metrics.ipynb #c02
-import importlib, importlib.util, math
+import hashlib, importlib, importlib.util, math
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -384,3 +384,26 @@ def inception(
         return NoTrainInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
     except ImportError as e: raise RuntimeError("no FID: torchmetrics and torch-fidelity are not installed; pip install 'tinycats[fid]', or -e '.[fid]' in a checkout") from e
     except OSError as e: raise RuntimeError(f"no FID: the weights of Inception (91 MB, fetched once) cannot be had: {str(e).splitlines()[0]}; try again with a network") from e
+
+# %% ../nbs/07_metrics.ipynb #c83
+def pick_features(
+    name:str, # "breeds": a small network taught breeds here and now; "inception"; or as for `load_features`
+    argument:str=None, # what that function is given
+    taught:tuple=(), # for "breeds": pictures (n, 3, h, w), uint8 or in [-1, 1], and their breeds (n,)
+    device="cpu", # where it should live
+    steps:int=600, # to teach it for
+): # (b, 3, h, w) uint8 pictures -> (b, d) features, which it remembers, so that asking again is free
+    "The eyes that are asked for, ready to look; a ValueError or RuntimeError with one line if they cannot be had."
+    if name == "inception": net = inception(device)
+    elif name != "breeds": net = load_features(name, argument)
+    else: net = train_judge(F.interpolate(_float(taught[0]), (32, 32), mode="area").to(device), taught[1].to(device), steps=steps).features
+    if isinstance(net, nn.Module): net.to(device)
+    known = {}
+    def look(pictures):
+        key = hashlib.sha256(pictures.cpu().numpy()).digest()
+        if key not in known: known[key] = net(pictures).cpu()
+        return known[key]
+    try: fine = features(look, torch.zeros(2, 3, 32, 32, dtype=torch.uint8), device=device).isfinite().all()
+    except Exception as e: raise ValueError(f"features={name!r}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no reason given'}") from e
+    if not fine: raise ValueError(f"features={name!r}: its features are not finite; look at the network they come from")
+    return look

@@ -10,6 +10,7 @@ __all__ = ['log', 'lr_at', 'pick_precision', 'can_compile', 'run_facts', 'step_s
 import contextlib, hashlib, json, logging, math, os, platform, shutil, signal, subprocess, sysconfig, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from errno import EDQUOT, EFBIG, ENOSPC
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 import tinycats, torch
@@ -320,7 +321,7 @@ class Trainer:
     def identity(self):
         "The settings that shape the course of a run: a checkpoint with others is of another run."
         names = "steps batch_size lr lr_min weight_decay warmup_steps grad_clip label_drop seed".split()
-        return {k: getattr(self, k) for k in names} | dict(ema_decay=list(self.ema_decay), times=getattr(self.times, "__name__", type(self.times).__name__),
+        return {k: getattr(self, k) for k in names} | dict(ema_decay=list(self.ema_decay), times=_said(self.times),
             pictures=len(self.cats), breeds=self.cats.num_classes, balanced_from=getattr(self.cats, "balanced_from", 0),
             augment=getattr(self.cats, "augment", 0.)) | getattr(self.model, "config", {})
 
@@ -388,6 +389,11 @@ class Trainer:
         if state["micro_batch"] == self.micro_batch: self.micro = state["micro"]  # as memory allowed; a new wish is tried afresh
 
 # %% ../nbs/05_trainer.ipynb #c39
+def _said(f):
+    "The name of a function, and what it is always given."
+    if isinstance(f, partial): return f"{_said(f.func)}({', '.join(f'{k}={v}' for k, v in f.keywords.items())})"
+    return getattr(f, "__name__", type(f).__name__)
+
 class _GivenUp(Exception): "A step that somebody's stop ended before it changed anything."
 
 def _tally(sums, losses, t, norm, bad):
