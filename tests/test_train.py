@@ -5,8 +5,10 @@ from pathlib import Path
 import nbformat, pytest, torch, yaml
 from helpers import shared
 from PIL import Image
+from tinycats.checkpoint import load, steps as checkpoint_steps
 from tinycats.data import BREEDS
 from tinycats.dit import load_model
+from tinycats.flow import sample
 from tinycats.params import check_params, notebook_params
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,3 +93,33 @@ def test_a_page_runs_without_jupyter(tmp_path):
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path/"outputs/plain/config.json").read_text())
     assert facts["step"] == facts["steps"] == 4 and facts["ema_decay"] == [.5] and len(list((tmp_path/"page_train").glob("*.png"))) >= 5
+
+
+def test_the_revision_speaks_of_code(tmp_path, monkeypatch):
+    "Changed code is noted; new results in outputs/ are not a change of code."
+    import tinycats
+    from tinycats.trainer import run_facts
+    git = lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+    for name in ("tinycats/__init__.py", "nbs/a.ipynb", "outputs/a/a.json"): (tmp_path/name).parent.mkdir(parents=True, exist_ok=True); (tmp_path/name).touch()
+    git("init"); git("add", "."); git("commit", "-m", "a")
+    monkeypatch.setattr(tinycats, "__file__", str(tmp_path/"tinycats/__init__.py"))
+    revision = lambda: run_facts(torch.nn.Linear(1, 1))["git_revision"]
+    assert revision() == git("rev-parse", "HEAD")
+    (tmp_path/"outputs/a/a.json").write_text("{}"); (tmp_path/"b").touch()
+    assert revision() == git("rev-parse", "HEAD")
+    (tmp_path/"nbs/a.ipynb").write_text("{}")
+    assert revision() == git("rev-parse", "HEAD") + "+changes"
+
+
+def test_changed_pictures_and_other_times(tmp_path):
+    "What shapes a run reaches the trainer, is part of its identity, and leaves a network that needs no telling."
+    told = dict(augment=.5, balanced_from=5, time_mean=.5, time_std=1.2)
+    done = papermill(tmp_path, run="a", **TINY, **told)
+    assert done.returncode == 0, done.stderr
+    _, state = load(checkpoint_steps(tmp_path/"outputs/a/checkpoints")[20])
+    assert {k: state["identity"][k] for k in ("augment", "augment_dim", "balanced_from", "times")} == dict(augment=.5, augment_dim=5, balanced_from=5, times="logit_normal_times(mean=0.5, std=1.2)")
+    net = load_model(tmp_path/"outputs/a")
+    assert net.augment.weight.abs().max() > 0 and sample(net, torch.arange(2), num_steps=2).shape == (2, 3, 16, 16)
+    for k, v in dict(augment=.4, balanced_from=4, time_mean=0.).items():
+        done = papermill(tmp_path, run="a", **TINY | dict(steps=20), **told | {k: v})
+        assert done.returncode and f"ValueError: {'times' if 'time' in k else k} is" in done.stderr, done.stderr

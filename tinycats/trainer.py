@@ -67,7 +67,7 @@ def run_facts(
     "The circumstances of a run, as far as they can be found out."
     device = next(model.parameters()).device
     git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, cwd=Path(tinycats.__file__).parent).stdout.strip()
-    try: revision = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    try: revision = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)outputs") else "")
     except (OSError, subprocess.TimeoutExpired): revision = ""
     return dict(
         parameters=sum(p.numel() for p in model.parameters()), git_revision=revision or None,
@@ -184,7 +184,7 @@ class Trainer:
     "Train a flow-matching model on cats; `fit()` yields a record every `log_every` steps."
     def __init__(self,
         model:nn.Module, # (xt, t, y) -> guess of the clean pictures, on the device to train on
-        cats, # has `.batch(step, n)` -> (n, 3, h, w) pictures in [-1, 1] and (n,) breeds, on the same device
+        cats, # has `.batch(step, n)` -> (n, 3, h, w) pictures in [-1, 1], (n,) breeds, and whatever else the model takes; on the same device
         folder:str|Path, # the run: metrics and checkpoints live here
         steps:int=200_000, # optimizer steps of the whole run
         batch_size:int=256, # pictures a step
