@@ -1,13 +1,14 @@
 "Oxford-IIIT Pet as it is: names, counts, split, twins and true sizes."
-import time
+import json, subprocess, time
 from collections import Counter
+from pathlib import Path
 
 import pytest, torch
 from helpers import shared
 from PIL import Image
 from tinycats.data import BREEDS, Cats, load_pets, to_uint8
 
-SIZE = 32
+SIZE, ROOT = 32, Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +81,18 @@ def test_heads_are_cut_and_a_fifth_is_held_out(pets):
     truth = image.crop((round(left), round(top), round(left) + side, round(top) + side)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     truth = torch.frombuffer(bytearray(truth.tobytes()), dtype=torch.uint8).view(SIZE, SIZE, 3).permute(2, 0, 1)
     assert min((p.int() - truth).abs().float().mean() for p in torch.cat([train, held])) < 3
+
+
+def test_no_photograph_is_published():
+    "Of runs on real cats only what the network drew is stored: no sheet with photographs, no page that shows them."
+    kept = subprocess.run(["git", "ls-files", "outputs"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    real = [p for p in kept if p.startswith("outputs/pets")]
+    assert not [p for p in real if Path(p).name in ("overview.png", "closest.png")]
+    if not kept: pytest.skip("this is no git checkout")
+    of_toys = {p.parent for p in ROOT.glob("outputs/*/config.json") if json.loads(p.read_text()).get("data") == "toy"}
+    pages = [ROOT/p for p in kept if p.endswith(".ipynb") and not of_toys & set((ROOT/p).parents)]
+    assert pages
+    for page in pages:
+        for cell in json.loads(page.read_text())["cells"]:
+            shown = [o for o in cell.get("outputs", ()) if any(k.startswith("image/") for k in o.get("data", {}))]
+            assert not shown or not any(w in "".join(cell["source"]) for w in ("breed_sheet(x1", "overview", "closest")), page
