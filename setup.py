@@ -1,33 +1,48 @@
-"settings.ini is the single source; this file only hands it to setuptools."
+"Hands settings.ini, which holds every setting of the package, to setuptools."
 from configparser import ConfigParser
 from pathlib import Path
+
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
+ROOT = Path(__file__).resolve().parent
 ini = ConfigParser()
-ini.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
-cfg = ini["DEFAULT"]
+ini.read(ROOT/"settings.ini", encoding="utf-8")
+settings = ini["DEFAULT"]
 
 
-class WithNotebooks(build_py):
-    "A wheel carries what tinycats.cloud sends to a container: the notebooks that papermill runs, their parameters, and the pinned versions."
+class BuildWithResources(build_py):
+    "A wheel contains what tinycats.cloud sends to a container: notebooks, parameter files, pinned versions."
+
     def run(self):
         super().run()
-        here, there = Path(__file__).parent, Path(self.build_lib)/cfg["lib_name"]/"carried"
-        notebooks = [p for n in ("train", "evaluate", "sweep") if (p := here/f"nbs/{n}.ipynb").exists()]
-        if self.editable_mode: return  # a clone has them where they are
-        for path in (here/"settings.ini", here/"constraints.txt", *notebooks, *here.glob("nbs/params/*.yaml")):
-            (there/path.relative_to(here)).parent.mkdir(parents=True, exist_ok=True)
-            self.copy_file(path, there/path.relative_to(here))
+        if self.editable_mode:  # a clone has them where they are
+            return
+        target = Path(self.build_lib)/settings["lib_name"]/"resources"
+        notebooks = [f"nbs/{name}.ipynb" for name in ("train", "evaluate", "sweep")]
+        params = [path.relative_to(ROOT) for path in ROOT.glob("nbs/params/*.yaml")]
+        for name in ("settings.ini", "constraints.txt", *notebooks, *params):
+            (target/name).parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(ROOT/name, target/name)
 
+
+versions = settings["python_versions"].split()
+extras = {key: value.split() for key, value in settings.items() if key.endswith("_requirements")}
 
 setup(
-    name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], author=cfg["author"],
-    url=cfg["git_url"], license="Apache-2.0", keywords=cfg["keywords"].split(),
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    author=settings["author"],
+    url=settings["git_url"],
+    license="Apache-2.0",
+    keywords=settings["keywords"].split(),
+    long_description=(ROOT/"README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    classifiers=[f"Programming Language :: Python :: {v}" for v in cfg["python_versions"].split()],
-    packages=[cfg["lib_name"]], cmdclass={"build_py": WithNotebooks}, python_requires=f">={cfg['min_python']}",
-    install_requires=cfg["requirements"].split(),
-    extras_require={k.removesuffix("_requirements"): v.split() for k, v in cfg.items() if k.endswith("_requirements")},
+    classifiers=[f"Programming Language :: Python :: {version}" for version in versions],
+    packages=[settings["lib_name"]],
+    cmdclass={"build_py": BuildWithResources},
+    python_requires=f">={settings['min_python']}",
+    install_requires=settings["requirements"].split(),
+    extras_require={key.removesuffix("_requirements"): names for key, names in extras.items()},
 )

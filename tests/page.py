@@ -2,66 +2,112 @@
 
     python tests/page.py nbs/train.ipynb data=heads image_size=64 "ema_decay=[0.999]"
 
-Parameters are name=value as Python would write it, or plain words; `-f FILE` reads lines of `name: value`. Pictures that a
-page would show are saved as page_<name>/<number>.png in the folder TINYCATS_PAGE (default: outputs)."""
+Parameters are name=value as Python would write it, or plain words; `-f FILE` reads lines of `name: value`.
+Pictures that a page would show are saved as page_<name>/<number>.png in the folder TINYCATS_PAGE (default:
+outputs)."""
 import ast, json, os, sys
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 
-def taken(text):
-    "What a written value means: a Python or YAML scalar or list, else the words themselves."
+def parse_value(text):
+    "What a written value means: a Python or YAML scalar or list, else the text itself."
     words = {"true": True, "false": False, "null": None, "none": None}
-    if text.strip().lower() in words: return words[text.strip().lower()]
-    try: return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError): return text.strip()
+    text = text.strip()
+    try:
+        return words[text.lower()] if text.lower() in words else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
-def given(words):
+def parse_params(words):
     "{name: value} of the command line."
-    found = {}
+    params, words = {}, list(words)
     while words:
         word = words.pop(0)
-        if word == "-f":
-            lines = [line.split("#")[0] for line in Path(words.pop(0)).read_text().splitlines()]
-            found |= {k.strip(): taken(v) for k, _, v in (line.partition(":") for line in lines if line.strip())}
-        else:
+        if word != "-f":
             name, _, value = word.partition("=")
-            found[name] = taken(value)
-    return found
+            params[name] = parse_value(value)
+            continue
+        for line in Path(words.pop(0)).read_text().splitlines():
+            name, _, value = line.split("#")[0].partition(":")
+            if name.strip():
+                params[name.strip()] = parse_value(value)
+    return params
+
+
+class Display:
+    "Saves the pictures that a page shows, and prints its text."
+    def __init__(self, folder):
+        self.folder, self.count = Path(folder), 0
+
+    def __call__(self, *things):
+        for thing in things:
+            save = getattr(thing, "savefig", None) or getattr(thing, "save", None)
+            if save is None:
+                print(getattr(thing, "data", thing), flush=True)
+                continue
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save(self.folder/f"{self.count:02d}.png")
+            self.count += 1
+
+    def show_figures(self):
+        "In place of `plt.show()`."
+        import matplotlib.pyplot as plt
+        self(*map(plt.figure, plt.get_fignums()))
+        plt.close("all")
+
+
+def text_of(data=None, **_):
+    "In place of IPython's Markdown and Image: text is printed, the bytes of a picture are not."
+    return data if isinstance(data, str) else None
+
+
+def ignore(*_, **__):
+    "In place of `clear_output`."
+
+
+def replace_ipython(display):
+    "Where IPython is not installed: modules of its name with what the pages import from it."
+    module = ModuleType("IPython.display")
+    module.display, module.clear_output = display, ignore
+    module.Image = module.Markdown = text_of
+    sys.modules |= {"IPython": ModuleType("IPython"), "IPython.display": module}
+
+
+def run_cell(source, name, namespace):
+    "Run a cell; the value of a last expression is displayed, as in Jupyter."
+    tree = ast.parse(source)
+    is_expression = bool(tree.body) and isinstance(tree.body[-1], ast.Expr)
+    last = ast.Expression(tree.body.pop().value) if is_expression else None
+    exec(compile(tree, name, "exec"), namespace)
+    value = eval(compile(last, name, "eval"), namespace) if last else None
+    if value is not None:
+        namespace["display"](value)
+    namespace["In"].append(source)
 
 
 def main(page, *words):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    page, folder = Path(page), Path(os.environ.get("TINYCATS_PAGE", "outputs"))/f"page_{Path(page).stem}"
-    sys.path[:0] = [str(page.resolve().parents[1])]
-    count = 0
-
-    def show(*things):
-        nonlocal count
-        for x in things or [plt.figure(n) for n in plt.get_fignums()]:
-            save = getattr(x, "savefig", None) or getattr(x, "save", None)
-            if save is None: print(x, flush=True); continue
-            folder.mkdir(parents=True, exist_ok=True)
-            save(folder/f"{count:02d}.png"); count += 1
-    plt.show = lambda: show()
-    try: import IPython.display
-    except ImportError:
-        said = lambda data=None, *_, **__: data if isinstance(data, str) else None      # text is printed; a picture of bytes was saved elsewhere
-        sys.modules |= {"IPython": ModuleType("IPython"), "IPython.display": SimpleNamespace(Image=said, Markdown=said, display=show, clear_output=lambda *_, **__: None)}
-    space = {"__name__": "__main__", "display": show, "In": [""]}
+    page = Path(page)
+    display = Display(Path(os.environ.get("TINYCATS_PAGE", "outputs"))/f"page_{page.stem}")
+    plt.show = partial(Display.show_figures, display)
+    if find_spec("IPython") is None:
+        replace_ipython(display)
+    sys.path.insert(0, str(page.resolve().parents[1]))
+    namespace = {"__name__": "__main__", "display": display, "In": [""]}
     for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
-        if cell["cell_type"] != "code": continue
-        tree = ast.parse("".join(cell["source"]))
-        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, str(page), "exec"), space)
-        if last is not None and (value := eval(compile(ast.Expression(last.value), str(page), "eval"), space)) is not None: show(value)
-        space["In"].append("".join(cell["source"]))
+        if cell["cell_type"] == "code":
+            run_cell("".join(cell["source"]), str(page), namespace)
         if "parameters" in cell["metadata"].get("tags", []):
-            space.update(told := given(list(words)))
-            space["In"].append("# Parameters\n" + "\n".join(f"{k} = {v!r}" for k, v in told.items()))
+            params = parse_params(words)
+            injected = "\n".join(f"{name} = {value!r}" for name, value in params.items())
+            run_cell(f"# Parameters\n{injected}", str(page), namespace)
 
 
-if __name__ == "__main__": main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

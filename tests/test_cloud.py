@@ -1,269 +1,469 @@
-"The training notebook in Modal's containers, played through with Modal's own client and entrypoint, and what can be said without either."
-import json, os, re, shutil, signal, subprocess, sys, threading, time
+"""The training notebook in Modal's containers, run with Modal's own client and container entrypoint against a
+stand-in for its servers, and what can be tested without either."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
-import psutil, pytest, torch
+import psutil
+import pytest
+import torch
 from PIL import Image
-from helpers import shared
 from safetensors.torch import load_file
+
+from helpers import shared
 from tinycats import cloud
-from tinycats.checkpoint import steps as checkpoints
-from tinycats.data import BREEDS, toy_cats
+from tinycats.checkpoint import list_checkpoints
+from tinycats.data import BREEDS
+from tinycats.toy import toy_cats
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = dict(data="pets", image_size=16, patch_size=8, dim=16, depth=1, num_heads=2, steps=300, batch_size=4, warmup_steps=5, ema_decay=[.5],
-            log_every=2, sample_every=150, checkpoint_every=20, samples=1, num_steps=2, precision="fp32")
+TINY = dict(
+    data="pets", image_size=16, patch_size=8, dim=16, depth=1, num_heads=2, steps=300, batch_size=4,
+    warmup_steps=5, ema_decay=[.5], log_every=2, sample_every=150, checkpoint_every=20, samples=1,
+    num_steps=2, precision="fp32")
+TOY = TINY | dict(data="toy", toy_images=13)
+MODAL_RUN = ["modal", "run", "-m", "tinycats.cloud"]
+MODAL_RUN_DETACHED = ["modal", "run", "--detach", "-m", "tinycats.cloud"]
+PYTHON = [sys.executable, "-m", "tinycats.cloud"]
 
 
-def words(**params): return [w for k, v in params.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+def flags(**params):
+    "Parameters as words of a command line."
+    words = []
+    for name, value in params.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
 
 
-def env(**more): return {k: v for k, v in os.environ.items() if not k.startswith(("MODAL_", "TINYCATS_"))} | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1") | more
+def environment(**more):
+    "This process's environment without what Modal or a run put there."
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MODAL_", "TINYCATS_"))}
+    return kept | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1") | more
 
 
-def modal_run(there, *told, faults=(), options=(), binds=()):
-    "`modal run -m tinycats.cloud ...` against a stand-in for Modal's servers; its committed volumes outlive the call, in there/state."
+def run_offline(there, command, *words, faults=()):
+    "A command against a stand-in for Modal's servers; the committed volumes outlive it, in there/state."
     script = shared("modal/modal_offline.py")
-    if not sys.platform.startswith("linux") or os.geteuid(): pytest.skip("modal_offline.py needs Linux and root")
-    (there/"home").mkdir(exist_ok=True); (there/"home/settings.ini").touch()
-    done = subprocess.run([sys.executable, script, "--state", there/"state", "--faults", json.dumps(list(faults)), *(x for b in binds for x in ("--bind", b)), "--",
-                           "modal", "run", *options, "-m", "tinycats.cloud", *told], cwd=there/"home", env=env(), capture_output=True, text=True)
+    if not sys.platform.startswith("linux") or os.geteuid():
+        pytest.skip("modal_offline.py needs Linux and root")
+    (there/"home").mkdir(exist_ok=True)
+    (there/"home"/"settings.ini").touch()
+    command = [sys.executable, script, "--state", there/"state", "--faults", json.dumps(list(faults)), "--",
+               *command, *words]
+    done = subprocess.run(command, cwd=there/"home", env=environment(), capture_output=True, text=True)
     summary = json.loads(done.stdout.strip().splitlines()[-1])
-    assert not summary["unimplemented"] and not summary["faults_unused"], (summary, done.stderr)
+    assert not summary["unimplemented"], (summary, done.stderr)
+    assert not summary["faults_unused"], (summary, done.stderr)
     return summary, done
 
 
-def volume(there, name=cloud.OUTPUTS): return there/"state/volumes"/name
+def volume(there, name=cloud.OUTPUTS_VOLUME):
+    return there/"state"/"volumes"/name
 
 
-def ends(summary): return [a["end"] for a in sorted(summary["attempts"], key=lambda a: a["attempt"])]
+def newest(checkpoints):
+    "The step of the newest checkpoint in a folder, 0 without one."
+    return max(list_checkpoints(checkpoints), default=0)
+
+
+def endings(summary):
+    return [a["end"] for a in sorted(summary["attempts"], key=lambda a: a["attempt"])]
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def first_step(there, number):
     "The first step that the n-th container of the last run reported."
-    log = max((there/"state/tasks").glob(f"*-{number}/log"), key=lambda p: int(p.parent.name.split("-")[0]))
+    log = max((there/"state"/"tasks").glob(f"*-{number}/log"), key=lambda p: int(p.parent.name.split("-")[0]))
     return int(re.search(r"step +(\d+)/", log.read_text())[1])
 
 
-def complete(folder, steps=300):
-    "A run's weights, once it is seen to be whole: all records once, the last checkpoint good, report and pictures there."
-    assert [json.loads(line)["step"] for line in open(folder/"metrics.jsonl")] == list(range(2, steps + 1, 2))
+def complete_weights(folder, steps=300):
+    "A run's weights, once it is seen to be complete: every record once, report, pictures and config there."
+    records = [json.loads(line) for line in open(folder/"metrics.jsonl")]
+    assert [record["step"] for record in records] == list(range(2, steps + 1, 2))
     config = json.loads((folder/"config.json").read_text())
-    assert config["step"] == steps and "wall_seconds" in config
-    assert (folder/"samples/final.png").exists() and "What to look at" in (folder/"train.ipynb").read_text()
-    return load_file(folder/"model.safetensors") | {f"ema {k}": v for k, v in load_file(folder/"ema.safetensors").items()}
+    assert config["step"] == steps
+    assert "wall_seconds" in config
+    assert (folder/"samples"/"final.png").exists()
+    assert f": {steps} steps, " in (folder/"train.ipynb").read_text()
+    ema = {f"ema {name}": tensor for name, tensor in load_file(folder/"ema.safetensors").items()}
+    return load_file(folder/"model.safetensors") | ema
 
 
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
+    assert not different
 
 
 @pytest.fixture(scope="module")
 def pets(tmp_path_factory):
-    "Oxford-IIIT Pet in its own layout, with 26 toy cats in it: the folder, and the two archives as they are downloaded."
+    "Oxford-IIIT Pet in its own layout, with 26 toy cats in it: the folder, and the archives as downloaded."
     base = tmp_path_factory.mktemp("pets")/"oxford-iiit-pet"
-    (base/"images").mkdir(parents=True); (base/"annotations").mkdir()
-    pictures, labels = toy_cats(26, 24, seed=3)
-    lines = {"trainval": [], "test": []}
-    for i, (p, b) in enumerate(zip(pictures, labels.tolist())):
-        name = f"{'beagle' if BREEDS[b] == 'Other' else BREEDS[b]}_{i}"
-        Image.fromarray(p.permute(1, 2, 0).numpy()).save(base/f"images/{name}.jpg")
-        lines["trainval" if i < 20 else "test"].append(f"{name} {b + 1} {2 if BREEDS[b] == 'Other' else 1} 1\n")
-    for name, rows in (lines | {"list": lines["trainval"] + lines["test"]}).items(): (base/f"annotations/{name}.txt").write_text("".join(rows))
-    for part in ("images", "annotations"): shutil.make_archive(base/part, "gztar", base, part)
+    (base/"images").mkdir(parents=True)
+    (base/"annotations").mkdir()
+    rows = []
+    for i, (image, label) in enumerate(zip(*toy_cats(26, 24, seed=3))):
+        breed = BREEDS[label]
+        name = f"{'beagle' if breed == 'Other' else breed}_{i}"
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(base/"images"/f"{name}.jpg")
+        rows.append(f"{name} {label + 1} {2 if breed == 'Other' else 1} 1\n")
+    for name, lines in dict(trainval=rows[:20], test=rows[20:], list=rows).items():
+        (base/"annotations"/f"{name}.txt").write_text("".join(lines))
+    for part in ("images", "annotations"):
+        shutil.make_archive(base/part, "gztar", base, part)
     return base
 
 
-def fill(there, pets):
+def fill_data_volume(there, pets):
     "The data volume as it is once the archives have been downloaded."
-    volume(there, cloud.DATA).mkdir(parents=True)
-    for archive in pets.glob("*.tar.gz"): shutil.copy(archive, volume(there, cloud.DATA))
+    volume(there, cloud.DATA_VOLUME).mkdir(parents=True)
+    for archive in pets.glob("*.tar.gz"):
+        shutil.copy(archive, volume(there, cloud.DATA_VOLUME))
+
+
+def train_command(**params):
+    "Python that runs the notebook without a container."
+    return [sys.executable, "-c", f"from tinycats.cloud import train; print(train.local({params!r}))"]
 
 
 @pytest.fixture(scope="module")
-def whole(pets, tmp_path_factory):
-    "The weights of a run that nobody disturbed, on this computer, and how long it took."
-    there = tmp_path_factory.mktemp("whole")
+def undisturbed(pets, tmp_path_factory):
+    "A run on this computer that was not disturbed: its weights, its folder, and how long it took."
+    there = tmp_path_factory.mktemp("undisturbed")
     (there/"settings.ini").touch()
-    start = time.time()
-    done = subprocess.run([sys.executable, "-c", f"from tinycats.cloud import train; print(train.local({TINY | dict(run='whole', data_root=str(pets.parent))!r}))"], cwd=there, env=env(), capture_output=True, text=True)
+    start = time.monotonic()
+    command = train_command(**TINY, run="undisturbed", data_root=str(pets.parent))
+    done = subprocess.run(command, cwd=there, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return dict(weights=complete(there/"outputs/whole"), folder=there/"outputs/whole", seconds=time.time() - start)
+    folder = there/"outputs"/"undisturbed"
+    return dict(weights=complete_weights(folder), folder=folder, seconds=time.monotonic() - start)
 
 
-def test_a_sweep_of_three_struck_three_times(tmp_path, pets, whole):
-    "The data are prepared once. Three containers side by side. SIGINT to the first one's main process, SIGINT to all processes of the second, kill -9 for the third."
-    fill(tmp_path, pets)
+# -- In containers -------------------------------------------------------------------------------------------
+
+def test_sweep_of_three_interrupted_three_times(tmp_path, pets, undisturbed):
+    """The data are prepared once, and three containers run side by side. SIGINT to the main process of the
+    first, SIGINT to all processes of the second, kill -9 for the third."""
+    fill_data_volume(tmp_path, pets)
     (tmp_path/"sweep.yaml").write_text("- {run: a, keep: 2}\n- {run: b, keep: 3}\n- {run: c, keep: 4}\n")
-    faults = [dict(function="train", input=i, kind=kind, to=to, when=f"{run}/checkpoints/step_00000{at}.pt", **{"in": "committed"})
-              for i, (run, kind, to, at) in enumerate([("a", "sigint", "main", 40), ("b", "sigint", "all", 60), ("c", "kill", "", 40)])]
-    summary, done = modal_run(tmp_path, "--sweep", str(tmp_path/"sweep.yaml"), *words(**TINY), faults=faults)
+    plans = dict(a=("sigint", "main", 40), b=("sigint", "all", 60), c=("kill", "", 40))
+    faults = []
+    for i, (run, (kind, to, step)) in enumerate(plans.items()):
+        when = {"when": f"{run}/checkpoints/step_00000{step}.pt", "in": "committed"}
+        faults.append(dict(function="train", input=i, kind=kind, to=to) | when)
+    summary, done = run_offline(
+        tmp_path, MODAL_RUN, "--sweep", str(tmp_path/"sweep.yaml"), "--gpu", "rtx-pro-6000", *flags(**TINY),
+        faults=faults)
     assert summary["exit"] == 0, done.stdout + done.stderr
-    assert sorted(ends(summary)) == ["kill", "sigint", "sigint"] + ["success"]*4 and all(a["retry"] == 0 for a in summary["attempts"])
-    log = (tmp_path/"state/log").read_text()
-    assert "killed after grace" not in log                                                    # left by itself, and well in time
+    assert sorted(endings(summary)) == ["kill", "sigint", "sigint"] + ["success"]*4
+    assert not any(a["retry"] for a in summary["attempts"])
+    check_interrupts(tmp_path)
+    for i, run in enumerate("abc"):
+        assert_same(complete_weights(volume(tmp_path)/run), undisturbed["weights"])
+        assert_same(complete_weights(tmp_path/"home"/"outputs"/run), undisturbed["weights"])  # downloaded
+        ours = [a for a in summary["attempts"] if (a["function"], a["input"]) == ("train", i)]
+        last = next(a["attempt"] for a in ours if a["end"] == "success")
+        assert first_step(tmp_path, last) > (20, 40, 40)[i]  # resumed from what was committed
+        assert f"{run}: step 300" in done.stdout
+    assert not list((tmp_path/"home"/"outputs").glob("*/checkpoints"))
+    assert not list((tmp_path/"home").rglob("*.part"))
+    check_definitions(tmp_path)
+    check_sweep_page(tmp_path/"home")
+
+
+def check_interrupts(there):
+    "The interrupted containers ended by themselves, and well in time."
+    log = (there/"state"/"log").read_text()
+    assert "killed after grace" not in log
     for i in range(2):
         task = re.search(rf"^.* fault (ta-\d+) .*\"input\": {i},", log, re.M)[1]
-        struck, left = (float(re.search(rf"^(\S+) run 1 {what} {task} ", log, re.M)[1]) for what in ("fault", "end"))
-        assert left - struck < 20
-    for i, run in enumerate("abc"):
-        assert same(complete(volume(tmp_path)/run), whole["weights"]) and same(complete(tmp_path/"home/outputs"/run), whole["weights"])   # there, and brought home
-        again = [a["attempt"] for a in summary["attempts"] if (a["function"], a["input"], a["end"]) == ("train", i, "success")][0]
-        assert first_step(tmp_path, again) > (20, 40, 40)[i]                                   # went on from what was committed
-        assert f"{run}: step 300" in done.stdout
-    assert not list((tmp_path/"home/outputs").glob("*/checkpoints")) and not list((tmp_path/"home").rglob("*.part"))
-    definitions(json.loads((tmp_path/"state/definitions.json").read_text()))
-    side_by_side(tmp_path/"home")
+        struck = float(re.search(rf"^(\S+) run 1 fault {task} ", log, re.M)[1])
+        ended = float(re.search(rf"^(\S+) run 1 end {task} ", log, re.M)[1])
+        assert ended - struck < 20
 
 
-def definitions(d):
-    "What Modal was told: image, files, volumes, GPU, time limit, retries."
-    f = d["functions"]["train"]
-    commands = "\n".join(f["image_commands"])
-    assert "FROM python:3.11" in commands and "slim" in commands and "-c /constraints.txt" in commands and "torch" in commands and "OMP_NUM_THREADS=1" in commands
-    assert "/constraints.txt" in f["files"] or any("constraints.txt" in x for x in f["files"])
-    assert {x.split("/")[-1] for x in f["files"]} >= {"train.ipynb", "cloud.py", "settings.ini", "constraints.txt"} and not any("test" in x or "outputs" in x for x in f["files"])
-    assert f["resources"]["gpu_config"] == dict(gpu_type="L40S", count=1) and f["timeout_secs"] <= 86_400 and f["retry_policy"]["retries"] == 4
-    assert [v["mount_path"] for v in f["volume_mounts"]] == ["/cats/outputs", "/cats/store"]
-    assert "gpu_type" not in d["functions"]["prepare"]["resources"].get("gpu_config", {}) and {"train", "evaluate", "prepare"} == set(d["functions"])
+def check_definitions(there):
+    "What Modal was given: image, files, volumes, time limit and retries; the GPU only with the calls."
+    functions = json.loads((there/"state"/"definitions.json").read_text())["functions"]
+    assert set(functions) == {"train", "evaluate", "prepare"}
+    train = functions["train"]
+    commands = "\n".join(train["image_commands"])
+    for part in ("FROM python:3.11", "slim", "-c /constraints.txt", "torch", "OMP_NUM_THREADS=1"):
+        assert part in commands
+    names = {path.split("/")[-1] for path in train["files"]}
+    assert names >= {"train.ipynb", "cloud.py", "settings.ini", "constraints.txt"}
+    assert not [path for path in train["files"] if "test" in path or "outputs" in path]
+    assert train["timeout_secs"] == 86_400
+    assert train["retry_policy"]["retries"] == 4
+    assert [v["mount_path"] for v in train["volume_mounts"]] == ["/cats/outputs", "/cats/store"]
+    for function in functions.values():
+        assert "gpu_type" not in function["resources"].get("gpu_config", {})
+    bound = re.findall(r" bind \S+ (\w+) (.*)$", (there/"state"/"log").read_text(), re.M)
+    assert bound
+    assert all(name == "train" for name, _ in bound)
+    assert all('gpu_type: "RTX-PRO-6000"' in options for _, options in bound)
 
 
-def side_by_side(home):
-    "sweep.ipynb lays the three runs beside each other."
-    done = subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", "--log-level", "WARNING", ROOT/"nbs/sweep.ipynb", "sweep.ipynb", "-p", "runs", "a,b,c", "-p", "num_steps", "2"],
-                          cwd=home, env=env(), capture_output=True, text=True)
+def check_sweep_page(home):
+    "sweep.ipynb compares the three runs."
+    options = ["--no-progress-bar", "--log-level", "WARNING", "-p", "runs", "a,b,c", "-p", "num_steps", "2"]
+    command = [sys.executable, "-m", "papermill", ROOT/"nbs"/"sweep.ipynb", "sweep.ipynb", *options]
+    done = subprocess.run(command, cwd=home, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    page = json.loads((home/"sweep.ipynb").read_text())
-    shown = [o["data"] for c in page["cells"] for o in c.get("outputs", []) if "data" in o]
-    assert len([d for d in shown if "image/png" in d]) >= 2
-    table = "".join("".join(d.get("text/markdown", [])) for d in shown)
-    assert "| keep | 2 | 3 | 4 |" in table and "| step | 300 | 300 | 300 |" in table and "| steps |" not in table
+    shown = []
+    for cell in json.loads((home/"sweep.ipynb").read_text())["cells"]:
+        shown += [output["data"] for output in cell.get("outputs", []) if "data" in output]
+    assert len([data for data in shown if "image/png" in data]) >= 2
+    table = "".join("".join(data.get("text/markdown", [])) for data in shown)
+    assert "| keep | 2 | 3 | 4 |" in table
+    assert "| step | 300 | 300 | 300 |" in table
+    assert "| steps |" not in table
 
 
-def hang(there, run, until, state="state"):
-    "Once a run's newest published checkpoint is so far, its kernel hangs. A thread's work."
-    while max(checkpoints(there/state/"volumes"/cloud.OUTPUTS/run/"checkpoints"), default=0) < until: time.sleep(.05)
-    mine = [p for p in psutil.Process().children(recursive=True) if "ipykernel_launcher" in p.cmdline()]
-    for p in mine: p.suspend()
+def hang(there, run, until):
+    "Once a run's newest committed checkpoint has reached a step, its kernel hangs. Work of a thread."
+    while newest(volume(there)/run/"checkpoints") < until:
+        time.sleep(.05)
+    for process in psutil.Process().children(recursive=True):
+        if "ipykernel_launcher" in process.cmdline():
+            process.suspend()
 
 
-def test_a_crashed_cell_a_time_limit_and_then_nothing_to_do(tmp_path, pets, whole):
-    "Detached, so the servers try again: after a cell that crashes, and after a kernel that hangs until its time is up. Complete, the run returns at once."
-    fill(tmp_path, pets)
-    (volume(tmp_path)/"d/samples/step_0000150.png").mkdir(parents=True)      # the sheet cannot be saved; the trainer saves its state, and the cell fails
+def test_failed_cell_then_time_limit_then_nothing_to_do(tmp_path, pets, undisturbed):
+    """Detached, so the servers try again: after a cell that fails, and after a kernel that hangs until its
+    time is up. Complete, the run returns immediately."""
+    fill_data_volume(tmp_path, pets)
+    (volume(tmp_path)/"d"/"samples"/"step_0000150.png").mkdir(parents=True)  # the sheet cannot be saved
     threading.Thread(target=hang, args=(tmp_path, "d", 200), daemon=True).start()
-    limit = max(10, int(1.4*whole["seconds"]))
-    summary, done = modal_run(tmp_path, *words(run="d", **TINY), "--retries", "8", "--timeout", str(limit), options=["--detach"])
-    attempts = sorted((a for a in summary["attempts"] if a["function"] == "train"), key=lambda a: a["attempt"])
-    assert [a["end"] for a in attempts][:2] == ["failure", "timeout"] and attempts[-1]["end"] == "success", done.stdout + done.stderr
-    assert [a["retry"] for a in attempts] == list(range(len(attempts))) and "IsADirectoryError" in attempts[0]["error"] and "\n" not in attempts[0]["error"]
-    assert same(complete(volume(tmp_path)/"d"), whole["weights"]) and first_step(tmp_path, 3) > 150 and first_step(tmp_path, 4) > 200
-    assert "d: on the way" in done.stdout and not (tmp_path/"home/outputs").exists()
-    before = {p: p.read_bytes() for p in volume(tmp_path).rglob("*") if p.is_file()}
-    summary, done = modal_run(tmp_path, *words(run="d", **TINY))
-    assert ends(summary) == ["success"]*2 and all(a["seconds"] < 8 for a in summary["attempts"]) and "steps/s" not in done.stdout
-    assert before == {p: p.read_bytes() for p in volume(tmp_path).rglob("*") if p.is_file()} and same(complete(tmp_path/"home/outputs/d"), whole["weights"])
+    limit = max(10, int(1.4*undisturbed["seconds"]))
+    summary, done = run_offline(
+        tmp_path, MODAL_RUN_DETACHED, *flags(run="d", **TINY), "--retries", "8", "--timeout", str(limit))
+    trained = [a for a in summary["attempts"] if a["function"] == "train"]
+    attempts = sorted(trained, key=lambda a: a["attempt"])
+    ends = [a["end"] for a in attempts]
+    assert ends[:2] == ["failure", "timeout"], done.stdout + done.stderr
+    assert ends[-1] == "success", done.stdout + done.stderr
+    assert [a["retry"] for a in attempts] == list(range(len(attempts)))
+    assert "IsADirectoryError" in attempts[0]["error"]
+    assert "\n" not in attempts[0]["error"]
+    assert_same(complete_weights(volume(tmp_path)/"d"), undisturbed["weights"])
+    assert first_step(tmp_path, 3) > 150
+    assert first_step(tmp_path, 4) > 200
+    assert "d: submitted" in done.stdout
+    assert not (tmp_path/"home"/"outputs").exists()
+
+    before = contents(volume(tmp_path))
+    summary, done = run_offline(tmp_path, PYTHON, *flags(run="d", **TINY))
+    assert endings(summary) == ["success"]*2
+    assert all(a["seconds"] < 8 for a in summary["attempts"])
+    assert "steps/s" not in done.stdout
+    assert before == contents(volume(tmp_path))
+    assert_same(complete_weights(tmp_path/"home"/"outputs"/"d"), undisturbed["weights"])
+
+
+def test_python_detaches(tmp_path):
+    "`python -m tinycats.cloud --detach` hands the run over, with GPU, time limit and retries as given."
+    words = flags(**TOY | dict(run="far", steps=2))
+    summary, done = run_offline(
+        tmp_path, PYTHON, "--detach", "--gpu", "h100!:2", "--timeout", "600", "--retries", "2", *words)
+    assert summary["exit"] == 0, done.stdout + done.stderr
+    assert endings(summary) == ["success"]
+    assert "far: submitted" in done.stdout
+    assert not (tmp_path/"home"/"outputs").exists()
+    complete_weights(volume(tmp_path)/"far", steps=2)
+    bound = re.search(r" bind \S+ train (.*)$", (tmp_path/"state"/"log").read_text(), re.M)[1]
+    for option in ('gpu_type: "H100!"', "count: 2", "timeout_secs: 600", "retries: 2"):
+        assert option in bound
+
+
+def test_detach_of_modal_run_goes_before_the_module(tmp_path):
+    summary, done = run_offline(tmp_path, MODAL_RUN, *"--detach --run far".split())
+    assert summary["exit"] == 1
+    assert summary["attempts"] == []
+    assert "modal run --detach -m tinycats.cloud" in done.stderr.strip().splitlines()[-1]
 
 
 def test_one_container_a_run(tmp_path):
-    "A claim that is still warm belongs to somebody: refused in one line, once, and his report is left alone."
+    "A lock with a recent heartbeat is another's: refused in one line, once; the owner's report stays."
     folder = volume(tmp_path)/"g"
     folder.mkdir(parents=True)
-    (folder/"train.ipynb").write_text("somebody's report")
-    claim = dict(host="tabby", pid=41, machine="another call", token="x", since=time.time() - 100, time=time.time() - 5)
-    (folder/".claim").write_text(json.dumps(claim))
-    summary, done = modal_run(tmp_path, *words(run="g", **TINY | dict(data="toy", toy_pictures=13)))
-    assert summary["exit"] == 1 and ends(summary) == ["success"]      # it returned, and so is not tried again
+    (folder/"train.ipynb").write_text("the owner's report")
+    now = time.time()
+    lock = dict(host="tabby", pid=41, machine="another call", token="x", since=now - 100, time=now - 5)
+    (folder/".lock").write_text(json.dumps(lock))
+    summary, done = run_offline(tmp_path, MODAL_RUN, *flags(run="g", **TOY))
+    assert summary["exit"] == 1
+    assert endings(summary) == ["success"]  # it returned, and so is not tried again
     assert "is in use by process 41 on tabby" in done.stderr.strip().splitlines()[-1]
-    assert (folder/"train.ipynb").read_text() == "somebody's report" and json.loads((folder/".claim").read_text()) == claim and not (folder/"metrics.jsonl").exists()
+    assert (folder/"train.ipynb").read_text() == "the owner's report"
+    assert json.loads((folder/".lock").read_text()) == lock
+    assert not (folder/"metrics.jsonl").exists()
 
 
-def test_a_missing_run_is_refused_before_a_container_starts(tmp_path):
-    summary, done = modal_run(tmp_path, "--notebook", "evaluate", "--run", "nowhere")
-    assert summary["exit"] == 1 and summary["attempts"] == [] and "run='nowhere'" in done.stderr.strip().splitlines()[-1]
+@pytest.mark.parametrize("command", [MODAL_RUN, PYTHON], ids=["modal", "python"])
+def test_a_missing_run_is_refused_before_a_container_starts(tmp_path, command):
+    summary, done = run_offline(tmp_path, command, *"--notebook evaluate --run nowhere".split())
+    assert summary["exit"] == 1
+    assert summary["attempts"] == []
+    assert "run='nowhere'" in done.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; make soak")
-def test_evaluated_in_a_container(tmp_path, pets, whole):
-    fill(tmp_path, pets)
-    shutil.copytree(whole["folder"], volume(tmp_path)/"whole")
-    summary, done = modal_run(tmp_path, "--notebook", "evaluate", *words(run="whole", samples=1, num_steps=2, data_root="data"), "--fid", "false")
-    assert summary["exit"] == 0 and ends(summary) == ["success"], done.stdout + done.stderr
-    home = tmp_path/"home/outputs/whole/evaluation"
-    assert list(home.glob("*/scores.json")) and (home/"evaluate.ipynb").exists() and list(volume(tmp_path).glob("whole/evaluation/*/scores.json"))
+@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
+def test_evaluate_in_a_container(tmp_path, pets, undisturbed):
+    fill_data_volume(tmp_path, pets)
+    shutil.copytree(undisturbed["folder"], volume(tmp_path)/"pets")
+    words = flags(run="pets", samples=1, num_steps=2, data_root="data", fid="false")
+    summary, done = run_offline(tmp_path, MODAL_RUN, "--notebook", "evaluate", *words)
+    assert summary["exit"] == 0, done.stdout + done.stderr
+    assert endings(summary) == ["success"], done.stdout + done.stderr
+    home = tmp_path/"home"/"outputs"/"pets"/"evaluation"
+    assert list(home.glob("*/scores.json"))
+    assert (home/"evaluate.ipynb").exists()
+    assert list(volume(tmp_path).glob("pets/evaluation/*/scores.json"))
 
 
-STAND_IN = """import os
-if "STAND_IN" in os.environ:
+# -- Without Modal -------------------------------------------------------------------------------------------
+
+COMMIT_TO_FOLDER = """import os
+if "COMMITTED" in os.environ:
     import modal, pathlib, shutil
-    def commit(volume):   # what Volume.commit does, for a folder: file by file, each whole
-        live, home = pathlib.Path.cwd()/"outputs", pathlib.Path(os.environ["STAND_IN"])
+    def commit(volume):  # what Volume.commit does, for a folder: file by file, each atomically
+        live, home = pathlib.Path.cwd()/"outputs", pathlib.Path(os.environ["COMMITTED"])
         for p in live.rglob("*"):
-            if p.is_dir() or p.suffix == ".part": continue
+            if p.is_dir() or p.suffix == ".part":
+                continue
             there = home/p.relative_to(live)
             there.parent.mkdir(parents=True, exist_ok=True)
-            try: shutil.copy2(p, home.parent/"incoming"); os.replace(home.parent/"incoming", there)
-            except FileNotFoundError: pass
+            try:
+                shutil.copy2(p, home.parent/"incoming")
+                os.replace(home.parent/"incoming", there)
+            except FileNotFoundError:
+                pass
     modal.Volume.commit = commit
 """
 
 
+@pytest.fixture
+def committed(tmp_path):
+    "A folder that takes the place of the outputs volume in processes with `attempt_environment`."
+    (tmp_path/"path").mkdir()
+    (tmp_path/"path"/"sitecustomize.py").write_text(COMMIT_TO_FOLDER)
+    (tmp_path/"committed").mkdir()
+    return tmp_path/"committed"
+
+
+def attempt(committed, number, until, stop, data_root):
+    """Train in a fresh folder that holds what was committed; once there is a checkpoint of step `until`, send
+    a signal. Returns the folder, and how the process ended: code, output, seconds after the signal."""
+    there = committed.with_name(f"attempt{number}")
+    there.mkdir()
+    (there/"settings.ini").touch()
+    shutil.copytree(committed, there/"outputs")
+    env = environment(
+        COMMITTED=str(committed), TINYCATS_VOLUME=cloud.OUTPUTS_VOLUME, TINYCATS_OWNER="one call",
+        PYTHONPATH=f"{committed.with_name('path')}:{ROOT}")
+    process = subprocess.Popen(
+        train_command(**TINY, run="s", data_root=data_root), cwd=there, env=env, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True)
+    while newest(committed/"s"/"checkpoints") < until and process.poll() is None:
+        time.sleep(.02)
+    start = time.monotonic()
+    if stop == signal.SIGKILL:
+        for victim in (*psutil.Process(process.pid).children(), psutil.Process(process.pid)):
+            victim.kill()
+    elif stop:
+        process.send_signal(stop)
+    output = process.communicate()[0]
+    return there, dict(code=process.returncode, output=output, seconds=time.monotonic() - start)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="signals as on Linux and macOS")
-def test_papermill_is_killed_and_interrupted_and_only_what_was_committed_survives(tmp_path, pets, whole):
-    "Without Modal: the kernel publishes into a folder, which is all that each next attempt, in a fresh place, begins with."
-    committed = tmp_path/"committed"
-    (tmp_path/"path").mkdir(); (tmp_path/"path/sitecustomize.py").write_text(STAND_IN); committed.mkdir()
-    more = dict(STAND_IN=str(committed), TINYCATS_VOLUME=cloud.OUTPUTS, TINYCATS_OWNER="one call", PYTHONPATH=f"{tmp_path/'path'}:{ROOT}")
-    newest = lambda: max(checkpoints(committed/"s/checkpoints"), default=0)
+def test_killed_and_interrupted_only_what_was_committed_survives(committed, pets, undisturbed):
+    "The kernel commits into a folder, which is all that each next attempt, in a fresh place, begins with."
+    data_root = str(pets.parent)
+    _, end = attempt(committed, 1, 40, signal.SIGKILL, data_root=data_root)
+    assert end["code"] == -9
+    before = newest(committed/"s"/"checkpoints")
+    assert before >= 40
 
-    def attempt(n, until, sig):
-        there = tmp_path/f"attempt{n}"
-        there.mkdir(); (there/"settings.ini").touch()
-        shutil.copytree(committed, there/"outputs")
-        code = f"from tinycats.cloud import train; print(train.local({TINY | dict(run='s', data_root=str(pets.parent))!r}))"
-        mill = subprocess.Popen([sys.executable, "-c", code], cwd=there, env=env(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        while newest() < until and mill.poll() is None: time.sleep(.02)
-        at = time.time()
-        if sig == signal.SIGKILL: [p.kill() for p in (*psutil.Process(mill.pid).children(), psutil.Process(mill.pid))]
-        elif sig: mill.send_signal(sig)
-        said = mill.communicate()[0]
-        return there, mill.returncode, said, time.time() - at
+    there, end = attempt(committed, 2, 80, signal.SIGINT, data_root=data_root)
+    assert end["code"] not in (0, -9)
+    assert end["seconds"] < 20
+    assert "KeyboardInterrupt: stopped by signal" in end["output"]
+    saved = newest(there/"outputs"/"s"/"checkpoints")
+    assert saved < 300
+    assert newest(committed/"s"/"checkpoints") == saved  # saved on the way out, and committed
 
-    assert attempt(1, 40, signal.SIGKILL)[1] == -9
-    before = newest()
-    there, code, said, seconds = attempt(2, 80, signal.SIGINT)
-    assert code not in (0, -9) and seconds < 20 and "KeyboardInterrupt: stopped by signal" in said and before >= 40
-    assert newest() == max(checkpoints(there/"outputs/s/checkpoints")) < 300        # saved on the way out, and published
-    there, code, said, _ = attempt(3, 10**9, None)
-    assert code == 0 and "'step': 300" in said and int(re.search(r"step +(\d+)/", said)[1]) > 80, said
-    assert same(complete(there/"outputs/s"), whole["weights"])
+    there, end = attempt(committed, 3, 10**9, None, data_root=data_root)
+    assert end["code"] == 0, end["output"]
+    assert "'step': 300" in end["output"]
+    assert int(re.search(r"step +(\d+)/", end["output"])[1]) > 80
+    assert_same(complete_weights(there/"outputs"/"s"), undisturbed["weights"])
 
 
-def asked_of_modal(where, *told, **more):
-    "`modal run` on a computer without an account."
-    return subprocess.run([sys.executable, "-m", "modal", "run", "-m", "tinycats.cloud", *told], cwd=where, env=env(MODAL_CONFIG_PATH=str(where/"none"), **more), capture_output=True, text=True)
+def run_without_account(where, *words):
+    "`python -m tinycats.cloud` on a computer without an account."
+    env = environment(MODAL_CONFIG_PATH=str(where/"none"))
+    return subprocess.run([*PYTHON, *words], cwd=where, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("told, said", [
-    (["--steps", "5"], "modal token new"), (["--gpu", "RTX"], "gpu='RTX'"), (["--stepz", "5"], "did you mean steps"), (["--params", "fulll"], "full, pets"),
-    (["--timeout", "90000"], "86400"), (["--steps"], "whole number"), (["--sweep", "full"], "list of parameter sets"),
-], ids=lambda x: "".join(x) if isinstance(x, list) else "")
-def test_refused_in_one_line_before_anything_starts(tmp_path, told, said):
-    done = asked_of_modal(tmp_path, *told)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+REFUSED = {
+    "--steps 5": "modal token new", "--gpu RTX": "gpu='RTX'", "--stepz 5": "did you mean steps",
+    "--params fulll": "full, ", "--timeout 90000": "86400", "--steps": "whole number",
+    "--sweep full": "list of parameter sets", "pull": "required: run", "pull ../x": "run='../x'"}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refused_in_one_line_before_anything_starts(tmp_path, words):
+    done = run_without_account(tmp_path, *words.split())
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert REFUSED[words] in done.stderr
+
+
+def test_a_local_run_is_not_overwritten(tmp_path):
+    (tmp_path/"outputs"/"demo").mkdir(parents=True)
+    (tmp_path/"outputs"/"demo"/"config.json").write_text("{}")
+    done = run_without_account(tmp_path, "--steps", "5")
+    assert done.returncode == 1
+    assert "holds a run of this computer" in done.stderr
 
 
 def test_dry_run_and_help_need_no_account(tmp_path):
-    done = asked_of_modal(tmp_path, "--sweep", "sweep", "--params", "full", "--dry-run", "--gpu", "h100")
-    assert done.returncode == 0 and done.stderr == "" and list(tmp_path.iterdir()) == []
-    for said in ("Debian slim with gcc, Python 3.11", "pip install torch", "/cats/nbs/train.ipynb", "tinycats-outputs at /cats/outputs", "H100", "outputs/lr-high/train.ipynb", "3 runs together"): assert said in done.stdout
-    done = asked_of_modal(tmp_path, "--help")
-    assert done.returncode == 0 and "--gpu" in done.stdout and "# highest learning rate" in done.stdout
+    done = run_without_account(tmp_path, *"--sweep sweep --params full --dry-run --gpu h100".split())
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+    for part in ("Debian slim with gcc, Python 3.11", "pip install torch", "/cats/nbs/train.ipynb", "H100",
+                 "tinycats-outputs at /cats/outputs", "outputs/lr-high/train.ipynb", "3 runs together"):
+        assert part in done.stdout
+    done = run_without_account(tmp_path, "--help")
+    assert done.returncode == 0
+    assert "--gpu" in done.stdout
+    assert "# highest learning rate" in done.stdout
 
 
-def test_the_definitions_hold():
-    "What the module's own objects say, read without Modal's help."
-    c = cloud.container
-    assert c["image"] is cloud.image and c["gpu"] in cloud.GPUS and 0 < c["timeout"] <= 86_400 and c["retries"].max_retries >= 1
-    assert set(c["volumes"]) == {f"{cloud.WORK}/outputs", f"{cloud.WORK}/store"} and "nonpreemptible" not in c
-    hours, _ = cloud.estimate(cloud.asked(["--params", "full"]).values[0], c["gpu"])
-    assert hours * 3600 < c["timeout"] * (1 + c["retries"].max_retries)
+def test_importing_reads_no_command_line(tmp_path):
+    "Whatever stands in sys.argv, and without settings.ini: a copy of the package alone can be imported."
+    shutil.copytree(ROOT/"tinycats", tmp_path/"tinycats", ignore=shutil.ignore_patterns("__pycache__"))
+    code = ("import sys\nsys.argv = ['modal', 'run', '-m', 'tinycats.cloud', '--stepz', '5', '--help']\n"
+            "import tinycats.cloud\nprint('torch' in sys.modules, tinycats.cloud.__file__)\n"
+            "tinycats.cloud.run_cli(['--dry-run'])")
+    env = environment(PYTHONPATH=str(tmp_path), MODAL_CONFIG_PATH=str(tmp_path/"none"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.startswith(f"False {tmp_path}"), done.stderr
+    assert done.returncode == 1
+    assert "install tinycats again" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr

@@ -1,15 +1,32 @@
-"What the chapter on the explorer does not show: the page run from start to end, a slow network, damaged files, and what comes first."
-import json, shutil, threading, time
+"""What the chapter on the explorer does not show: the page run from start to end, a slow network, damaged
+files, and what comes first."""
+import json
+import shutil
+import threading
+import time
 from pathlib import Path
 
-import nbformat, pytest, torch
+import nbformat
+import pytest
+import torch
 from nbclient import NotebookClient
-from tinycats.data import BREEDS
-from tinycats.dit import TinyDiT, load_model, save_model
-from tinycats.explorer import DRAFT, Explorer, draw_settings, picture_settings, sheet_of
+
+from tinycats.dit import TinyDiT, save_model
+from tinycats.explorer import DRAFT_STEPS, Explorer, SamplingTask, image_settings, sheet
+from tinycats.toy import TOY_CLASSES
 
 torch.set_num_threads(1)  # as test_runs.py wants it
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def small_network(seed, classes=TOY_CLASSES):
+    "A network of a few thousand random weights."
+    torch.manual_seed(seed)
+    net = TinyDiT(16, 8, dim=32, depth=1, num_heads=2, num_classes=len(classes))
+    net.classes = list(classes)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=.1)
+    return net
 
 
 @pytest.fixture
@@ -18,10 +35,7 @@ def run(tmp_path):
     folder = tmp_path/"run"
     folder.mkdir()
     for seed, name in enumerate(("ema", "model")):
-        torch.manual_seed(seed)
-        net = TinyDiT(16, 8, dim=32, depth=1, num_heads=2)
-        for p in net.parameters(): torch.nn.init.normal_(p, std=.1)
-        save_model(net, folder/f"{name}.safetensors")
+        save_model(small_network(seed), folder/f"{name}.safetensors")
     return folder
 
 
@@ -33,160 +47,229 @@ def explorer(run, tmp_path):
     explorer.close()
 
 
-class Slow:
-    "Every look at the picture takes its time, and is counted."
+class SlowNetwork:
+    "Makes every function evaluation take its time, and counts them."
     def __init__(self, explorer, seconds):
-        self.looks, self.seconds = 0, seconds
-        for model in explorer.models.values(): model.register_forward_pre_hook(self.look)
+        self.evaluations = 0
+        self.seconds = seconds
+        for model in explorer.load.models.values():
+            model.register_forward_pre_hook(self.before_forward)
 
-    def look(self, *_): self.looks += 1; time.sleep(self.seconds)
+    def before_forward(self, *_):
+        self.evaluations += 1
+        time.sleep(self.seconds)
+
+
+def status_after(explorer, **settings):
+    explorer.set(**settings)
+    assert explorer.wait()
+    return explorer.view.status.value
 
 
 def test_the_page_runs_from_start_to_end(tmp_path):
     "As JupyterLab or voila would run it, in a project with the bundled weights alone."
     (tmp_path/"settings.ini").touch()
-    for folder in ("nbs", "outputs/toy"): (tmp_path/folder).mkdir(parents=True)
+    for folder in ("nbs", "outputs/toy"):
+        (tmp_path/folder).mkdir(parents=True)
     shutil.copy(ROOT/"outputs/toy/ema.safetensors", tmp_path/"outputs/toy")
     nb = nbformat.read(ROOT/"nbs/explore.ipynb", 4)
-    at = next(i for i, c in enumerate(nb.cells) if c.cell_type == "code")
-    nb.cells.insert(at + 1, nbformat.v4.new_code_cell("assert _.wait()"))
+    place = next(i for i, c in enumerate(nb.cells) if c.cell_type == "code")
+    nb.cells.insert(place + 1, nbformat.v4.new_code_cell("assert _.wait()"))
     NotebookClient(nb, timeout=120, resources={"metadata": {"path": str(tmp_path/"nbs")}}).execute()
-    outputs = [o for c in nb.cells for o in c.get("outputs", [])]
-    assert [o.output_type for o in outputs] == ["execute_result"] and "application/vnd.jupyter.widget-view+json" in outputs[0].data
-    state = nb.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values()
-    html = [s["state"].get("value", "") for s in state if s["model_name"] == "HTMLModel"]
-    assert any("data:image/png;base64," in h for h in html) and any("finished after" in h and "ema of outputs/toy" in h for h in html)
-    assert any("No raw weights here" in h for h in html)                            # a fresh clone has the average alone, and says so
-    kinds = {s["model_name"] for s in state}
-    assert {s["model_module"] for s in state} == {"@jupyter-widgets/base", "@jupyter-widgets/controls"} and "OutputModel" not in kinds
+    outputs = []
+    for cell in nb.cells:
+        outputs += cell.get("outputs", [])
+    assert [o.output_type for o in outputs] == ["execute_result"]
+    assert "application/vnd.jupyter.widget-view+json" in outputs[0].data
+    state = list(nb.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values())
+    texts = [s["state"].get("value", "") for s in state if s["model_name"] == "HTMLModel"]
+    assert any("data:image/png;base64," in text for text in texts)
+    assert any("finished after" in text and "ema of outputs/toy" in text for text in texts)
+    assert any("No raw weights here" in text for text in texts)  # a fresh clone has the EMA alone
+    assert {s["model_module"] for s in state} == {"@jupyter-widgets/base", "@jupyter-widgets/controls"}
+    assert "OutputModel" not in {s["model_name"] for s in state}
 
 
 def test_the_pages_are_stored_without_widgets():
     for path in (ROOT/"nbs").glob("*.ipynb"):
-        assert "widgets" not in json.loads(path.read_text(encoding="utf-8"))["metadata"], f"{path.name} stores the state of widgets"
+        metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]
+        assert "widgets" not in metadata, f"{path.name} stores the state of widgets"
     assert not any(c.get("outputs") for c in nbformat.read(ROOT/"nbs/explore.ipynb", 4).cells)
 
 
-def test_a_newer_wish_ends_the_older_between_two_steps(explorer):
-    "With a network of 0.05 s a look: after the fair time and one look more, the newer one is begun. And asking never waits."
-    slow = Slow(explorer, .05)
+def test_a_newer_request_ends_the_older_between_two_steps(explorer):
+    """With evaluations of 0.05 s: after its minimum time and one evaluation more the older gives way;
+    submitting never waits."""
+    slow = SlowNetwork(explorer, .05)
     begin = time.perf_counter()
-    for seed in range(100): explorer.knobs["seed"].value = seed
-    assert time.perf_counter() - begin < 2                                          # all of them drawn would be 280 s
-    while not explorer.now["seed"] == 99: time.sleep(.01)
-    assert slow.looks <= 100*Explorer.fair/.05/5                                     # most were never begun
-    before = slow.looks
+    for seed in range(100):
+        explorer.controls["seed"].value = seed
+    assert time.perf_counter() - begin < 2  # sampling all of them would take 280 s
+    while explorer.task.settings["seed"] != 99:
+        time.sleep(.01)
+    assert slow.evaluations <= 100*SamplingTask.min_seconds/.05/5  # most were never begun
+    before = slow.evaluations
     time.sleep(1)
-    explorer.knobs["num_steps"].value = 3
-    assert explorer.wait() and explorer.result[0]["num_steps"] == 3 and explorer.result[0]["seed"] == 99
-    assert slow.looks - before < 45                                                  # 50 steps and a draft were not walked to their end
-    assert sheet_of(explorer.result[1]["ema"]).tobytes() == explorer.sheets["ema"].tobytes()
+    explorer.controls["num_steps"].value = 3
+    assert explorer.wait()
+    assert explorer.result[0]["num_steps"] == 3
+    assert explorer.result[0]["seed"] == 99
+    assert slow.evaluations - before < 45  # the draft and the 50 steps did not run to their end
+    assert sheet(explorer.result[1]["ema"]).tobytes() == explorer.view.sheets["ema"].tobytes()
 
 
-def test_every_wish_shows_something_while_a_slider_is_pulled(explorer):
-    "Pulled for two seconds, a wish every 0.03 s: pictures keep coming."
-    Slow(explorer, .01)
+def test_every_request_shows_something_while_a_slider_is_dragged(explorer):
+    "Dragged for two seconds, a request every 0.03 s: images keep coming."
+    SlowNetwork(explorer, .01)
     shown = []
-    explorer.view.observe(lambda change: shown.append(time.perf_counter()), "value")
+    explorer.view.page.observe(lambda change: shown.append(time.perf_counter()), "value")
     begin = time.perf_counter()
-    while time.perf_counter() - begin < 2: explorer.knobs["cfg_scale"].value = (time.perf_counter() - begin) * 2; time.sleep(.03)
+    while time.perf_counter() - begin < 2:
+        explorer.controls["cfg_scale"].value = (time.perf_counter() - begin)*2
+        time.sleep(.03)
     assert sum(t < begin + 2 for t in shown) >= 4
-    assert explorer.wait() and explorer.result[0] == explorer.settings
+    assert explorer.wait()
+    assert explorer.result[0] == explorer.settings
 
 
-@pytest.mark.parametrize("solver, looks", [("euler", DRAFT), ("heun", 2*DRAFT - 1)])
-def test_the_draft_comes_first(explorer, solver, looks):
-    "The first picture is there after a draft's looks; the network had to look ten times as often for the finished one."
-    slow, at = Slow(explorer, 0), []
-    explorer.view.observe(lambda change: at.append(slow.looks), "value")
+@pytest.mark.parametrize("solver, draft", [("euler", DRAFT_STEPS), ("heun", 2*DRAFT_STEPS - 1)])
+def test_the_draft_comes_first(explorer, solver, draft):
+    "The first image is there after a draft's evaluations; the finished one takes ten times as many."
+    slow = SlowNetwork(explorer, 0)
+    at = []
+    explorer.view.page.observe(lambda change: at.append(slow.evaluations), "value")
     explorer.set(solver=solver, num_steps=60)
     assert explorer.wait()
-    assert looks - 1 <= at[0] <= looks and at[-1] == slow.looks == looks + (60 if solver == "euler" else 119)
+    assert draft - 1 <= at[0] <= draft
+    assert at[-1] == slow.evaluations == draft + (60 if solver == "euler" else 119)
 
 
 def test_latency_with_the_bundled_weights(tmp_path):
-    "From turning a knob to the first and to the finished picture: generous limits, the best of five, for machines with other work to do."
-    explorer, first, final = Explorer(ROOT/"outputs/toy/ema.safetensors", folder=tmp_path), [], []
+    """From changing a control to the first and to the finished images: generous limits, for machines with
+    other work to do."""
+    explorer = Explorer(ROOT/"outputs/toy/ema.safetensors", folder=tmp_path)
+    first = []
+    final = []
     assert explorer.wait()
     for seed in range(5):
-        shown, begin = [], time.perf_counter()
-        watch = lambda change: shown.append(time.perf_counter() - begin)
-        explorer.view.observe(watch, "value")
-        explorer.knobs["seed"].value = seed + 1
+        shown = []
+        begin = time.perf_counter()
+
+        def note_time(change):
+            shown.append(time.perf_counter() - begin)
+
+        explorer.view.page.observe(note_time, "value")
+        explorer.controls["seed"].value = seed + 1
         assert explorer.wait()
-        explorer.view.unobserve(watch, "value")
-        first.append(shown[0]); final.append(shown[-1])
+        explorer.view.page.unobserve(note_time, "value")
+        first.append(shown[0])
+        final.append(shown[-1])
     explorer.close()
-    print(f"seconds to the first picture {sorted(first)[2]:.3f}, to the finished one {sorted(final)[2]:.3f} (middle of five)")
-    assert min(first) < 1 and min(final) < 5 and min(first) < min(final)/2
+    print(f"medians: first image after {sorted(first)[2]:.3f} s, finished after {sorted(final)[2]:.3f} s")
+    assert min(first) < 1
+    assert min(final) < 5
+    assert min(first) < min(final)/2
 
 
-def say(explorer, **settings):
-    explorer.set(**settings)
-    assert explorer.wait()
-    return explorer.status.value
+def replace_weights(run):
+    (run/"ema.safetensors").write_bytes(b"not weights")
+
+
+def cut_weights(run):
+    (run/"ema.safetensors").write_bytes((run/"ema.safetensors").read_bytes()[:2000])
+
+
+def remove_weights(run):
+    for file in run.glob("*.safetensors"):
+        file.unlink()
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda run: (run/"ema.safetensors").write_bytes(b"not weights"), "holds no TinyDiT"),
-    (lambda run: (run/"ema.safetensors").write_bytes((run/"ema.safetensors").read_bytes()[:2000]), "holds no TinyDiT"),
-    (lambda run: [f.unlink() for f in run.glob("*.safetensors")], "no weights at"),
-    (lambda run: shutil.rmtree(run), "no weights at"),
-], ids=["rubbish", "cut", "emptied", "removed"])
-def test_damaged_weights_are_said_in_words(explorer, run, tmp_path, damage, words):
+    (replace_weights, "holds no TinyDiT"), (cut_weights, "holds no TinyDiT"),
+    (remove_weights, "no weights at"), (shutil.rmtree, "no weights at")])
+def test_damaged_weights_are_reported_in_words(explorer, run, tmp_path, damage, words):
     shutil.copytree(run, tmp_path/"good")
     damage(run)
-    said = say(explorer, seed=1)
-    assert "Cannot draw this." in said and words in said and "Traceback" not in said
+    status = status_after(explorer, seed=1)
+    assert "Cannot sample this." in status
+    assert words in status
+    assert "Traceback" not in status
     explorer.save()
-    assert explorer.wait() and "Not saved." in explorer.said.value and "no finished picture" in explorer.said.value
-    assert "finished after" in say(explorer, run=tmp_path/"good")
+    assert explorer.wait()
+    assert "Not saved." in explorer.view.message.value
+    assert "no finished image" in explorer.view.message.value
+    assert "finished after" in status_after(explorer, run=tmp_path/"good")
 
 
-def test_a_network_that_knows_fewer_breeds(explorer, run):
-    save_model(TinyDiT(16, 8, dim=32, depth=1, num_heads=2, num_classes=3), run/"model.safetensors")
-    assert "this network knows Abyssinian, Bengal, Birman" in say(explorer, weights=["raw"], breed="Siamese")
-    assert "finished after" in say(explorer, breed="Bengal")
+@pytest.mark.parametrize("classes", [["only"], ["a", "b", "c"], [f"class_{i}" for i in range(20)],
+                                     [f"class_{i}" for i in range(37)]], ids=len)
+def test_the_classes_are_those_of_the_network(explorer, tmp_path, classes):
+    folder = tmp_path/"other"
+    folder.mkdir()
+    save_model(small_network(0, classes), folder/"ema.safetensors")
+    status = status_after(explorer, run=folder, class_name=classes[-1])
+    assert "finished after" in status
+    assert classes[-1].replace("_", " ") in status
+    assert explorer.panel.classes == classes
+
+
+def test_weights_that_know_fewer_classes(explorer, run):
+    save_model(small_network(0, TOY_CLASSES[:3]), run/"model.safetensors")
+    status = status_after(explorer, weights=["raw"], class_name="Siamese")
+    assert "this network knows Abyssinian, Bengal, Birman" in status
+    assert "finished after" in status_after(explorer, class_name="Bengal")
 
 
 def test_averaged_beside_raw_from_the_same_noise(explorer, run):
-    assert "ema beside raw" in say(explorer, weights=["ema", "raw"]) and explorer.view.value.count("<img ") == 2
-    shutil.copy(run/"ema.safetensors", run/"model.safetensors")                      # the file changes, and is read again
-    say(explorer, seed=5)
+    assert "ema beside raw" in status_after(explorer, weights=["ema", "raw"])
+    assert explorer.view.page.value.count("<img ") == 2
+    shutil.copy(run/"ema.safetensors", run/"model.safetensors")  # the file changes, and is read again
+    status_after(explorer, seed=5)
     assert torch.equal(*explorer.result[1].values())
     explorer.save()
     assert explorer.wait()
-    path, = explorer.folder.glob("*.png")
-    assert picture_settings(path)["weights"] == ["ema", "raw"] and "ema_raw" in path.name
-    assert "finished after" in say(explorer, weights=["ema"]) and explorer.view.value.count("<img ") == 1
+    path = next(explorer.folder.glob("*.png"))
+    assert image_settings(path)["weights"] == ["ema", "raw"]
+    assert "ema_raw" in path.name
+    assert "finished after" in status_after(explorer, weights=["ema"])
+    assert explorer.view.page.value.count("<img ") == 1
 
 
-def test_a_picture_is_saved_when_it_is_finished(explorer):
-    "Clicked while a picture is on its way, save means that one; and what is typed into a name cannot leave the folder or the page."
-    Slow(explorer, .02)
-    explorer.knobs["breed"].value = "Bombay"
-    explorer.save_button.click()
-    assert not list(explorer.folder.glob("*.png")) and "Saving" in explorer.said.value
+def test_an_image_is_saved_when_it_is_finished(explorer):
+    """Clicked while images are being sampled, save means those; what is typed into a name cannot leave the
+    folder or the page."""
+    SlowNetwork(explorer, .02)
+    explorer.controls["class_name"].value = "Bombay"
+    explorer.panel.save_button.click()
+    assert not list(explorer.folder.glob("*.png"))
+    assert "Saving" in explorer.view.message.value
     assert explorer.wait()
-    path, = explorer.folder.glob("*.png")
-    assert picture_settings(path)["breed"] == "Bombay" and path.name in explorer.said.value
-    assert "<script>" not in say(explorer, run="<script>alert(1)</script>") and "&lt;script&gt;" in explorer.status.value
+    path = next(explorer.folder.glob("*.png"))
+    assert image_settings(path)["class_name"] == "Bombay"
+    assert path.name in explorer.view.message.value
+    status = status_after(explorer, run="<script>alert(1)</script>")
+    assert "<script>" not in status
+    assert "&lt;script&gt;" in status
 
 
-def test_surprises_are_within_the_knobs(explorer):
+def test_random_settings_are_within_the_controls(explorer):
     seen = set()
     for _ in range(20):
-        explorer.surprise_button.click()
-        s = explorer.settings
-        assert s["breed"] in BREEDS and 1 <= s["cfg_scale"] <= 3
-        seen.add((s["breed"], s["seed"]))
-    assert len(seen) > 15 and explorer.wait() and explorer.result[0] == explorer.settings
+        explorer.panel.random_button.click()
+        settings = explorer.settings
+        assert settings["class_name"] in TOY_CLASSES
+        assert 1 <= settings["cfg_scale"] <= 3
+        seen.add((settings["class_name"], settings["seed"]))
+    assert len(seen) > 15
+    assert explorer.wait()
+    assert explorer.result[0] == explorer.settings
 
 
-def test_nothing_is_left_running(run):
+def test_no_thread_is_left_running(run):
     before = threading.active_count()
     explorer = Explorer(run, n=1)
-    assert explorer.wait() and threading.active_count() == before + 1
+    assert explorer.wait()
+    assert threading.active_count() == before + 1
     explorer.close()
-    explorer.painter.thread.join(10)
+    explorer.worker.thread.join(10)
     assert threading.active_count() == before
