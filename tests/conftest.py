@@ -6,4 +6,5 @@ USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_D
          signal.SIGHUP: signal.SIG_DFL}
 
 for number, usual in USUAL.items():
-    if signal.getsignal(number) == signal.SIG_IGN: signal.signal(number, usual)
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)

@@ -46,6 +46,7 @@ MAX_COLUMNS = 110
 MAX_CELL = 40
 MAX_CLASS = 100
 LONG_CLASSES = {}  # name: why it is longer than MAX_CLASS lines
+SIZES = "reshape view permute expand repeat randn rand zeros ones drag run".split()  # any number of equal arguments
 EVAL_ALLOWED = {"page.py"}  # it runs the cells of a notebook, which is what exec and eval are for
 
 # Words of a private language that this book once spoke, and that the field has a term for (what follows the
@@ -71,7 +72,10 @@ def source(cell):
 
 
 def notebook_outputs(path):
-    return [o for c in notebook_cells(path) for o in c.get("outputs", [])]
+    outputs = []
+    for cell in notebook_cells(path):
+        outputs += cell.get("outputs", [])
+    return outputs
 
 
 def python_sources():
@@ -124,6 +128,11 @@ def one_line_blocks(tree):
             yield node.lineno
 
 
+def called_name(call):
+    "The last name of what is called: `view` of x.view(...)."
+    return getattr(call.func, "attr", getattr(call.func, "id", None))
+
+
 def style_faults(text):
     "Each violation of the style rules in one source, as (line, rule)."
     tree = ast.parse(text)
@@ -148,7 +157,7 @@ def style_faults(text):
             yield line, "two claims in one assertion"
         if isinstance(claim, ast.Constant):
             yield line, "an assertion of a constant: use test_fail or pytest.raises"
-        if isinstance(node, ast.Call) and len(node.args) > 4:
+        if isinstance(node, ast.Call) and len(node.args) > 4 and called_name(node) not in SIZES:
             if not any(isinstance(a, ast.Starred) for a in node.args):
                 yield line, "more than four positional arguments: name them"
 

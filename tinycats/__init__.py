@@ -19,8 +19,9 @@ _LAZY = dict(
     load_run="runs",
 ) # {name: the module that defines it}
 
-_all_ = ["ImageDataset", "BREEDS", "load_pets", "toy_cats", "TinyDiT", "load_model", "save_model", "flow_loss", "sample", "EMA",
-         "Trainer", "TrainConfig", "show", "image_grid", "class_sheet", "generate", "load_run"]
+_all_ = ["ImageDataset", "BREEDS", "load_pets", "toy_cats", "TinyDiT", "load_model", "save_model",
+         "flow_loss", "sample", "EMA", "Trainer", "TrainConfig", "show", "image_grid", "class_sheet",
+         "generate", "load_run"]
 
 def __getattr__(name):
     "Import a name from its module when it is first used."

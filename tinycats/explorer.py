@@ -29,7 +29,7 @@ from .viz import image_grid
 def sample_with_callback(
     model, # a TinyDiT
     y:Tensor, # (n,) class indices
-    callback, # callback(x_hat, t) receives every prediction (n, 3, h, w) and its time; what it raises ends the sampling
+    callback, # callback(x_hat, t) receives every prediction (n, 3, h, w); raising ends the sampling
     num_steps:int=50, # as for `sample`
     cfg_scale:float=1.5, # as for `sample`
     cfg_interval:tuple=(0., 1.), # as for `sample`
@@ -37,7 +37,7 @@ def sample_with_callback(
 ) -> Tensor: # (n, 3, h, w) images, about [-1, 1]; the same as from `sample`
     "Sample as `sample` does, and pass each predicted image to a callback."
     def predict(xt, t, y):
-        exact_t = round(t[0].item()*num_steps)/num_steps # the step's own time, before it was rounded to 32 bits
+        exact_t = round(t[0].item()*num_steps)/num_steps # as it was before it was rounded to 32 bits
         x_hat = cfg_forward(model, xt, exact_t, y, cfg_scale=cfg_scale, cfg_interval=cfg_interval)
         callback(x_hat, exact_t)
         return x_hat
@@ -88,7 +88,7 @@ def _generate(model, settings, num_steps, callback):
 
 def generate_from_settings(
     settings:dict, # run, weights (names), class_name, n, seed, num_steps, solver, cfg_scale, cfg_interval
-    callback=None, # callback(name, images, t, is_draft, done) receives every prediction; `done` rises from 0 to 1
+    callback=None, # callback(name, images, t, is_draft, done) after every evaluation; `done` rises to 1
     load=load_model, # loads a network from a file
 ) -> dict: # {name of the weights: (n, 3, h, w) images, about [-1, 1], on the CPU}
     "Sample what the settings describe; with a callback, a draft first."
@@ -132,7 +132,8 @@ def save_image(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     parts = [Path(settings["run"]).stem, "_".join(settings["weights"]), settings["class_name"],
-             f"seed{settings['seed']}", f"cfg{settings['cfg_scale']:g}", f"{settings['solver']}{settings['num_steps']}"]
+             f"seed{settings['seed']}", f"cfg{settings['cfg_scale']:g}",
+             f"{settings['solver']}{settings['num_steps']}"]
     stem = "_".join(parts).replace(" ", "").replace("/", "-")
     paths = (folder/f"{stem}{f'_{i}' if i > 1 else ''}.png" for i in count(1))
     path = next(p for p in paths if not p.exists() or _read_settings(p) == settings)
@@ -190,11 +191,14 @@ def make_controls(
                        tooltip="a run folder, or a file of weights", **wide),
         weights=w.Dropdown(description="weights", options=weight_options(run),
                            tooltip="averaged (ema) or raw weights, or both from the same noise", **wide),
-        class_name=w.Dropdown(description="class", options=class_options(run), tooltip="the class to generate", **wide),
-        cfg_scale=w.FloatSlider(description="guidance", value=1.5, min=0, max=6, step=.1, tooltip=guidance, **wide),
+        class_name=w.Dropdown(description="class", options=class_options(run),
+                              tooltip="the class to generate", **wide),
+        cfg_scale=w.FloatSlider(description="guidance", value=1.5, min=0, max=6, step=.1,
+                                tooltip=guidance, **wide),
         cfg_interval=w.FloatRangeSlider(description="guide from–to", value=(0, 1), min=0, max=1, step=.05,
                                         tooltip="cfg_interval: the times between which to guide", **wide),
-        num_steps=w.IntSlider(description="steps", value=50, min=1, max=100, tooltip="steps from noise to image", **wide),
+        num_steps=w.IntSlider(description="steps", value=50, min=1, max=100,
+                              tooltip="steps from noise to image", **wide),
         solver=w.Dropdown(description="solver", options=list(SOLVERS),
                           tooltip="heun evaluates the network twice a step", **wide),
         seed=w.BoundedIntText(description="seed", value=0, min=0, max=2**31 - 1,
@@ -268,8 +272,9 @@ def describe(
     low, high = settings["cfg_interval"]
     interval = "" if (low, high) == (0, 1) else f" from t = {low:g} to {high:g}"
     return (f"{settings['n']} × {settings['class_name'].replace('_', ' ')}, "
-            f"guidance {settings['cfg_scale']:g}{interval}, {settings['num_steps']} {settings['solver']} steps, "
-            f"seed {settings['seed']}, {' beside '.join(settings['weights'])} of {settings['run']}")
+            f"guidance {settings['cfg_scale']:g}{interval}, "
+            f"{settings['num_steps']} {settings['solver']} steps, seed {settings['seed']}, "
+            f"{' beside '.join(settings['weights'])} of {settings['run']}")
 
 def sheet(
     images:Tensor, # (n, 3, h, w) images in [-1, 1]
@@ -307,8 +312,9 @@ def _figure(image, name, description):
     alt = f"{html.escape(description)}: {html.escape(name)}"
     size = f'width="{image.width}" height="{image.height}"'
     return (f'<figure style="flex: 1 1 16em; max-width: {image.width}px; margin: 0">'
-            f'<figcaption>{html.escape(name)}</figcaption><img decoding="sync" style="width: 100%; height: auto" '
-            f'{size} alt="{alt}" src="{source}"></figure>')
+            f'<figcaption>{html.escape(name)}</figcaption>'
+            f'<img decoding="sync" style="width: 100%; height: auto" {size} alt="{alt}" '
+            f'src="{source}"></figure>')
 
 def _status(text, heading=""):
     "A line of text that screen readers announce."
@@ -468,7 +474,8 @@ class ControlPanel(w.VBox):
             if previous in [value for _, value in control.options]:
                 control.value = previous
         has_raw = any("raw" in names for _, names in options["weights"])
-        self.note.value = "" if has_raw else _status("No raw weights here; a run you train yourself has them.")
+        no_raw = _status("No raw weights here; a run you train yourself has them.")
+        self.note.value = "" if has_raw else no_raw
 
 # %% ../nbs/08_explorer.ipynb #c34
 class Explorer(w.HBox):
