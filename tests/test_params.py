@@ -78,7 +78,7 @@ def test_help_knows_every_parameter(papermill):
 
 
 def test_every_setting_is_a_parameter_of_train():
-    "Defaults, docs and constraints of a setting exist once: train.ipynb declares each with TrainConfig's type."
+    "Defaults and constraints of a setting exist once: train.ipynb declares each with TrainConfig's type."
     declared = notebook_params(ROOT/"nbs/train.ipynb")
     kinds = {name: kind for name, (kind, _) in declared.items() if name in TrainConfig.model_fields}
     assert kinds == {name: kind for name, (kind, _) in TrainConfig.declared().items()}

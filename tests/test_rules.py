@@ -46,7 +46,8 @@ MAX_COLUMNS = 110
 MAX_CELL = 40
 MAX_CLASS = 100
 LONG_CLASSES = {}  # name: why it is longer than MAX_CLASS lines
-SIZES = "reshape view permute expand repeat randn rand zeros ones drag run".split()  # any number of equal arguments
+VARIADIC = """reshape view permute expand repeat randn rand zeros ones drag run column
+              arrow paint_fur""".split()  # these take any number of equal arguments
 EVAL_ALLOWED = {"page.py"}  # it runs the cells of a notebook, which is what exec and eval are for
 
 # Words of a private language that this book once spoke, and that the field has a term for (what follows the
@@ -157,7 +158,7 @@ def style_faults(text):
             yield line, "two claims in one assertion"
         if isinstance(claim, ast.Constant):
             yield line, "an assertion of a constant: use test_fail or pytest.raises"
-        if isinstance(node, ast.Call) and len(node.args) > 4 and called_name(node) not in SIZES:
+        if isinstance(node, ast.Call) and len(node.args) > 4 and called_name(node) not in VARIADIC:
             if not any(isinstance(a, ast.Starred) for a in node.args):
                 yield line, "more than four positional arguments: name them"
 
