@@ -13,7 +13,8 @@ from tinycats.trainer import run_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(toy_images=130, image_size=16, patch_size=8, dim=32, depth=1, num_heads=2, steps=20,
-            batch_size=16, warmup_steps=5, log_every=5, sample_every=10, checkpoint_every=10, samples=2, num_steps=4)
+            batch_size=16, warmup_steps=5, log_every=5, sample_every=10, checkpoint_every=10, samples=2,
+            num_steps=4)
 
 
 def papermill(root, *args, **params):

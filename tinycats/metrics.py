@@ -11,6 +11,7 @@ __all__ = ['SmallConvNet', 'train_classifier', 'confusion_matrix', 'accuracy', '
 # %% ../nbs/07_metrics.ipynb #c02
 import hashlib, importlib, importlib.util, math
 from pathlib import Path
+from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .core import to_float, to_uint8
@@ -133,9 +134,11 @@ def frechet_distance(
 
 def _check_features(a, b, least):
     if a.ndim != 2 or b.ndim != 2 or a.shape[1:] != b.shape[1:]:
-        raise ValueError(f"features of shapes {tuple(a.shape)} and {tuple(b.shape)}: both must be (n, d) with one d")
-    if min(len(a), len(b)) < least:
-        raise ValueError(f"{min(len(a), len(b))} images are too few: at least {least} are needed on each side")
+        shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+        raise ValueError(f"features of shapes {shapes}: both must be (n, d) with one d")
+    fewest = min(len(a), len(b))
+    if fewest < least:
+        raise ValueError(f"{fewest} images are too few: at least {least} are needed on each side")
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("features that are not finite: look at the images and the network they come from")
 
@@ -189,7 +192,7 @@ def precision_recall(
     generated:Tensor, # (n, d) features; as many, since the balls of a larger set are smaller
     k:int=3, # the radius of a ball is the distance to the k-th neighbour
 ) -> tuple: # precision and recall, 0 to 1
-    "The share of the generated within the real support, and of the real within the generated (Kynkäänniemi et al. 2019)."
+    "Shares of the generated in the real support and of the real in the generated (Kynkäänniemi et al. 2019)."
     _check_features(real, generated, k + 1)
     if len(real) != len(generated):
         raise ValueError(f"{len(real)} real and {len(generated)} generated images: take equally many of both")
@@ -234,7 +237,8 @@ def thumbnail_features(
     side:int=12, # of the thumbnail in pixels
 ) -> Tensor: # (n, 3·side²), each of length 1
     "Thumbnails without brightness and contrast, as unit vectors."
-    small = torch.cat([F.interpolate(to_float(batch), (side, side), mode="area") for batch in images.split(256)])
+    batches = images.split(256)
+    small = torch.cat([F.interpolate(to_float(batch), (side, side), mode="area") for batch in batches])
     return F.normalize((small - small.mean((2, 3), keepdim=True)).flatten(1))
 
 # %% ../nbs/07_metrics.ipynb #c50
@@ -268,7 +272,7 @@ def detect_copies(
     heldout:Tensor, # (k, 3, h, w) real images the network never saw
     training:Tensor, # (m, 3, h, w) real images it was trained on
     quantile:float=.01, # share of the held-out images that count as copies
-) -> dict: # rate, rate_heldout, limit; for each image its distance and the index of the nearest training image
+) -> dict: # rate, rate_heldout, limit; distance (n,) and nearest (n,), the index of a training image
     "Which images are nearer to a training image than real new images are."
     reference = nearest(heldout, training)[0].double()
     distance, index = nearest(images, training)
@@ -302,7 +306,7 @@ def high_frequency_ratio(
 # %% ../nbs/07_metrics.ipynb #c63
 @torch.no_grad()
 def loss_by_time(
-    loss, # (model, x1, y, x0, t) -> (b,) losses, such as tinycats.flow.flow_loss
+    loss, # (model, x1, y, x0=, t=) -> (b,) losses, such as tinycats.flow.flow_loss
     model, # (xt, t, y) -> predicted clean images
     images:Tensor, # (n, 3, h, w), uint8, or float in [-1, 1]
     labels:Tensor, # (n,) classes
@@ -319,7 +323,7 @@ def loss_by_time(
         x0 = torch.randn(x1.shape, generator=generator).to(device)
         for i, time in enumerate(times):
             t = torch.full((len(y),), float(time), device=device)
-            total[i] += loss(model, x1, y, x0, t).sum().cpu().double()
+            total[i] += loss(model, x1, y, x0=x0, t=t).sum().cpu().double()
     return (total/len(images)).tolist()
 
 # %% ../nbs/07_metrics.ipynb #c70
@@ -329,7 +333,7 @@ def distances(
     draws:int=3, # choices of real images that a reference value is averaged over
     seed:int=0, # of those choices
 ) -> dict: # fd and kid; _reference: of real images; _train: to training instead of held-out images
-    "Fréchet distance and KID to held-out and to training images, with reference values at equal N and equal classes."
+    "Fréchet distance and KID to held-out and training images; reference values at equal N and equal classes."
     def kid_mean(a, b):
         return kid(a, b, seed=seed)[0]
 
@@ -394,7 +398,8 @@ def scores(
     copies = detect_copies(generated, heldout[0], originals)
     found = dict(n=len(labels), n_real=len(real), n_heldout=len(heldout[1]), n_training=len(originals))
     if set(heldout[1].tolist()) <= set(labels.tolist()):
-        found |= distances(features, targets, seed=seed) | _precision_recall_at_equal_n(features, targets, seed)
+        found |= distances(features, targets, seed=seed)
+        found |= _precision_recall_at_equal_n(features, targets, seed)
     else:
         found |= dict.fromkeys(_NEED_ALL_CLASSES)
     found["class_accuracy"] = (predicted == labels).double().mean().item()
@@ -406,6 +411,14 @@ def scores(
     return found, dict(features=features, labels=targets, confusion=confusion, copies=copies)
 
 # %% ../nbs/07_metrics.ipynb #c82
+class _Row(NamedTuple):
+    "One score in a table."
+    title: str
+    key: str # of the score
+    reference: str|None # key of its reference value
+    form: str # for both
+    good: str # what is good
+
 _ROWS = (
     ("Fréchet distance to held-out images", "fd", "fd_reference", "{:.3g}", "down to the reference"),
     ("the same to training images", "fd_train", "fd_train_reference", "{:.3g}", "not below the reference"),
@@ -423,18 +436,18 @@ _ROWS = (
     ("loss on held-out images", "loss_heldout", None, "{:.4f}", "low"),
     ("the same on training images", "loss_train", None, "{:.4f}", "as on held-out ones"),
     ("images", "n", "n_real", "{}", "many"),
-) # title, key of the score, key of its reference value, format, what is good
+)
 
 def score_table(
     found:dict, # as from `scores`, perhaps with more of the keys above
 ) -> str: # Markdown
     "Scores beside their reference values, as a table."
     lines = ["| | generated | real | good is |", "|---|---|---|---|"]
-    for title, key, reference, form, good in _ROWS:
-        if key in found:
-            values = [found.get(k) for k in (key, reference)]
-            cells = ["–" if v is None else form.format(v) for v in values]
-            lines.append(f"| {title} | {' | '.join(cells)} | {good} |")
+    for row in map(_Row._make, _ROWS):
+        if row.key in found:
+            values = [found.get(key) for key in (row.key, row.reference)]
+            cells = ["–" if v is None else row.form.format(v) for v in values]
+            lines.append(f"| {row.title} | {' | '.join(cells)} | {row.good} |")
     return "\n".join(lines)
 
 # %% ../nbs/07_metrics.ipynb #c86
@@ -500,15 +513,13 @@ def feature_extractor(
         small = F.interpolate(to_float(images), (32, 32), mode="area").to(device)
         num_classes = num_classes or int(labels.max()) + 1
         net = train_classifier(small, labels.to(device), num_classes, steps=steps).features
-    if isinstance(net, nn.Module):
-        net.to(device)
-    cached = _cached(net)
+    cached = _cached(net.to(device) if isinstance(net, nn.Module) else net)
     try:
         trial = extract_features(cached, torch.zeros(2, 3, 32, 32, dtype=torch.uint8), device=device)
     except Exception as e:
         raise ValueError(f"features={name!r}: {_first_line(e)}") from e
     if not trial.isfinite().all():
-        raise ValueError(f"features={name!r}: its features are not finite; look at the network they come from")
+        raise ValueError(f"features={name!r}: features are not finite; look at the network they come from")
     return cached
 
 def _cached(net):

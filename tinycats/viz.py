@@ -178,8 +178,8 @@ def generate(
     dtype:torch.dtype=torch.float32, # of the matrix products
     callback=None, # called with (images done, images in all) after each batch
     **sampling, # as `sample` takes: num_steps, cfg_scale, cfg_interval, solver
-) -> tuple: # images (n·classes, 3, size, size) in about [-1, 1] and labels (n·classes,), class by class, on the CPU
-    "Sample `n` images of each class."
+) -> tuple: # images (n·k, 3, size, size), about [-1, 1], and labels (n·k,) for k classes, on the CPU
+    "Sample `n` images of each class, class by class."
     classes = range(model.num_classes) if classes is None else classes
     y = class_indices(classes, model).repeat_interleave(n)
     x0 = seeded_noise(len(y), model.image_size, seed)
