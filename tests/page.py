@@ -89,6 +89,15 @@ def run_cell(source, name, namespace):
     namespace["In"].append(source)
 
 
+def load_definitions(page):
+    "The cells of a page that are tagged `definitions`, run as a module of their own."
+    module = ModuleType(f"{Path(page).stem}_definitions")
+    for cell in json.loads(Path(page).read_text(encoding="utf-8"))["cells"]:
+        if "definitions" in cell["metadata"].get("tags", []):
+            exec(compile("".join(cell["source"]), str(page), "exec"), vars(module))
+    return module
+
+
 def main(page, *words):
     import matplotlib
     matplotlib.use("Agg")

@@ -234,7 +234,7 @@ def difference(a, b):
 
 def expected_sheets(home, **settings):
     "The images that these settings make, sampled in this process."
-    defaults = dict(run="outputs/toy", weights=["ema"], class_name="Siamese", n=8, seed=0, num_steps=50,
+    defaults = dict(run="outputs/toy", weights=["ema"], class_name="Abyssinian", n=8, seed=0, num_steps=50,
                     solver="euler", cfg_scale=1.5, cfg_interval=(0., 1.))
     settings = defaults | settings
     images = generate_from_settings(settings | dict(run=home/settings["run"]))

@@ -202,7 +202,6 @@ def test_data_settings_are_part_of_the_fingerprint(tmp_path):
     model = load_model(tmp_path/"outputs/a")
     assert model.augment_embedder.weight.abs().max() > 0
     assert sample(model, torch.arange(2), num_steps=2).shape == (2, 3, 16, 16)
-    for name, value in dict(augment_prob=.4, balance_from_step=4, time_mean=0.).items():
-        done = papermill(tmp_path, run="a", **TINY, **settings | {name: value})
-        assert done.returncode != 0
-        assert f"ValueError: {name}" in last_line(done)
+    done = papermill(tmp_path, run="a", **TINY, **settings | dict(augment_prob=.4))
+    assert done.returncode != 0
+    assert "ValueError: augment_prob" in last_line(done)
