@@ -17,7 +17,8 @@ from tinycats.params import ParameterError
 NOTEBOOK = Path(__file__).resolve().parents[1]/"nbs"/"bench.ipynb"
 TINY = dict(image_size=16, patch_size=8, dim=64, depth=2, num_heads=2)
 bench = page.load_definitions(NOTEBOOK)
-STEPS = {"plain": bench.plain_step, "diffusers": bench.diffusers_step, "rectified-flow": bench.rectified_flow_step}
+STEPS = {"plain": bench.plain_step, "diffusers": bench.diffusers_step,
+         "rectified-flow": bench.rectified_flow_step}
 
 
 def need(arm):
@@ -45,8 +46,8 @@ class Clock:
 
 def test_arms_take_turns_and_medians_are_reported(monkeypatch):
     clock = Clock(monkeypatch)
-    arms = {"a": clock.arm("a", [9, 9, 1, 2, 6]), "b": clock.arm("b", [9, 9, 5, 5, 4])}  # two warm steps, three rounds
-    times = bench.interleaved_timing(arms, rounds=3)
+    arms = {"a": clock.arm("a", [9, 9, 1, 2, 6]), "b": clock.arm("b", [9, 9, 5, 5, 4])}
+    times = bench.interleaved_timing(arms, rounds=3)  # after two warm-up steps
     assert "".join(clock.calls) == "aabb" + "ab"*3
     assert times == dict(a=dict(median=2, min=1, start=18), b=dict(median=5, min=4, start=18))
 
@@ -171,8 +172,8 @@ def test_ratios_are_theirs_over_ours():
     assert bench.ratios(train, table(tinycats=1)) == dict(train_vs_seed=3, train_vs_seed_equal=1.25)
     train |= table(diffusers=4, diffusers_32=5)
     found = bench.ratios(train, table(tinycats=1, tinycats_32=2, diffusers=1.5, diffusers_32=3))
-    expected = dict(train_vs_seed=3, train_vs_seed_equal=1.25, train_vs_diffusers=8, train_vs_diffusers_equal=2.5,
-                    sample_vs_diffusers=1.5, sample_vs_diffusers_equal=1.5)
+    expected = dict(train_vs_seed=3, train_vs_seed_equal=1.25, train_vs_diffusers=8,
+                    train_vs_diffusers_equal=2.5, sample_vs_diffusers=1.5, sample_vs_diffusers_equal=1.5)
     assert found == expected
 
 
@@ -221,7 +222,8 @@ def test_a_device_that_cannot_be_measured_is_refused_in_a_line(monkeypatch, tmp_
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("quick, meant", [("", False), ("0", False), ("no", False), ("1", True), ("yes", True)])
+@pytest.mark.parametrize("quick, meant", [("", False), ("0", False), ("no", False), ("1", True),
+                                          ("yes", True)])
 def test_make_knows_what_quick_means(quick, meant):
     make = shutil.which("make")
     if not make:

@@ -1,5 +1,5 @@
-"""The scores against other implementations, and on photographs: what is worse must score worse, and a copy must
-be found."""
+"""The scores against other implementations, and on photographs: what is worse must score worse, and a copy
+must be found."""
 import pytest
 import torch
 import torch.nn.functional as F

@@ -148,7 +148,8 @@ def style_faults(text):
         if isinstance(node, (ast.Assign, ast.For, ast.comprehension)):
             if any(isinstance(t, ast.Tuple) and len(t.elts) > 3 for t in targets):
                 yield line, "more than three names unpacked at once"
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+        named = isinstance(node, ast.Assign) and isinstance(targets[0], ast.Name)
+        if named and isinstance(node.value, ast.Lambda):
             yield line, "a lambda with a name: write a function"
         if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
             if len(node.generators) > 1:
