@@ -11,6 +11,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ import torch
 from tinycats import checkpoint
 from tinycats.checkpoint import CheckpointError, RunLock, load_checkpoint, load_latest
 from tinycats.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
-from tinycats.util import atomic_write
+from tinycats.util import atomic_write, partial_path, remove_partials
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 torch.set_num_threads(1)  # before any work: a forked child has none of its parent's threads
@@ -232,12 +233,17 @@ def test_all_is_flushed_before_the_rename(tmp_path, monkeypatch):
 
 def lock_in_child(folder, **kwargs):
     "A process that holds `folder` until it is killed; its id."
+    reader, writer = os.pipe()
+
     def work():
         with RunLock(folder, **kwargs):
+            os.write(writer, b"locked")
             time.sleep(60)
 
     pid = child(work)
-    wait_for(lambda: RunLock(folder).owner().get("pid") == pid, pid)
+    os.close(writer)
+    assert os.read(reader, 6) == b"locked"
+    os.close(reader)
     return pid
 
 
@@ -255,7 +261,7 @@ def test_second_run_is_refused_until_the_first_is_killed(tmp_path):
         message = refusal(tmp_path)
         assert f"process {pid} on {os.uname().nodename}" in message
         assert re.search(r"begun \d s ago, last seen \d s ago", message)
-        assert str(pid) in refusal(tmp_path, timeout_s=0)  # the file lock holds, however old the heartbeat
+        assert str(pid) in refusal(tmp_path, timeout_s=0)  # the file lock holds, whatever the heartbeat
     finally:
         kill(pid)
     with RunLock(tmp_path) as lock:
@@ -267,7 +273,7 @@ def test_second_run_is_refused_until_the_first_is_killed(tmp_path):
 def test_a_refused_run_touches_nothing(tmp_path):
     "The temporary file may be the checkpoint that the owner is writing right now."
     pid = lock_in_child(tmp_path)
-    part = tmp_path/"checkpoints"/".step_0000009.pt.part"
+    part = tmp_path/"checkpoints"/".step_0000009.pt.0a1b2c3d.part"
     part.parent.mkdir()
     part.write_bytes(b"half a chec")
     try:
@@ -314,31 +320,50 @@ def test_never_two_at_a_time(tmp_path):
     assert sum(int(p.name.split()[1]) for p in tmp_path.glob("won *")) > 10
 
 
+WATCH = dict(heartbeat_s=.1, timeout_s=1)  # short, so that the tests need not wait for a minute
+
+
+def leave_lock(path, clock=0.):
+    "The lock file of a process on another machine of the same name, whose clock differs by some seconds."
+    host, now = os.uname().nodename, time.time() + clock
+    owner = dict(host=host, pid=7, machine=f"{host} other", token="x", since=now - 500, time=now)
+    path.write_text(json.dumps(owner))
+
+
 @pytest.mark.parametrize("without_locks", [False, True])
-def test_other_machine_times_out(tmp_path, monkeypatch, without_locks):
-    "Of a container that is gone only its heartbeat is left, also if ours has the same name."
+@pytest.mark.parametrize("clock", [0, -10_000, 10_000], ids=["right", "slow", "fast"])
+def test_another_machine_is_watched(tmp_path, monkeypatch, caplog, without_locks, clock):
+    "Only whether its lock file changes counts, never its clock: alive it keeps the folder, gone it loses it."
     if without_locks:
         monkeypatch.setattr(checkpoint, "fcntl", None)
-    host, lock_file = os.uname().nodename, tmp_path/".lock"
+    lock_file, done = tmp_path/".lock", threading.Event()
 
-    def leave_lock(age):
-        now = time.time()
-        owner = dict(host=host, pid=7, machine=f"{host} other", token="x", since=now - 500, time=now - age)
-        lock_file.write_text(json.dumps(owner))
+    def beat():
+        while not done.wait(.1):
+            leave_lock(lock_file, clock)
 
-    leave_lock(20)
-    message = refusal(tmp_path)
-    assert f"process 7 on {host}" in message
-    assert "begun 500 s ago" in message
-    assert "last seen 20 s ago" in message
-    for age in (61, 10_000, -10_000):
-        leave_lock(age)
+    leave_lock(lock_file, clock)
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        message = refusal(tmp_path, **WATCH)
+    finally:
+        done.set()
+        thread.join()
+    assert f"process 7 on {os.uname().nodename}" in message
+    start = time.monotonic()
+    with RunLock(tmp_path, **WATCH) as lock:
+        assert lock.owner()["pid"] == os.getpid()
+    assert time.monotonic() - start >= 1
+    assert "watching for 1 s whether that is alive" in caplog.text
+
+
+def test_nonsense_in_the_lock_file(tmp_path):
+    for rubbish in (b"", b"\xff\xfe", b"[1]", b"{", b"["*4000, b"{}"*4000, b'{"token": 1}', b"x"*10**6):
+        (tmp_path/".lock").write_bytes(rubbish)
         with RunLock(tmp_path) as lock:
-            assert lock.owner()["pid"] == os.getpid()
-    for rubbish in (b"", b"\xff\xfe", b"[1]", b"{"):
-        lock_file.write_bytes(rubbish)
-        with RunLock(tmp_path):
-            pass
+            lock.heartbeat()
+            assert (tmp_path/".lock").stat().st_size == 512
 
 
 def test_heartbeat_alone(tmp_path, monkeypatch):
@@ -346,26 +371,99 @@ def test_heartbeat_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "fcntl", None)
     pid = lock_in_child(tmp_path, heartbeat_s=.05)
     try:
-        time.sleep(1.2)
-        assert f"process {pid}" in refusal(tmp_path, timeout_s=1)
+        assert f"process {pid}" in refusal(tmp_path, **WATCH)
     finally:
         kill(pid)
-    assert f"process {pid}" in refusal(tmp_path, timeout_s=30)
-    time.sleep(1.2)
-    with RunLock(tmp_path, timeout_s=1):
+    with RunLock(tmp_path, **WATCH):
         pass
 
 
-def test_a_sleeper_notices(tmp_path, monkeypatch):
-    "Stopped for long and taken over, the first run finds another owner, and leaves its lock alone."
+def test_a_run_taken_over_in_its_sleep_writes_nothing(tmp_path, monkeypatch):
+    "SIGSTOP without file locks: a second run takes over; the first wakes, finds another owner and stops."
     monkeypatch.setattr(checkpoint, "fcntl", None)
-    with RunLock(tmp_path, heartbeat_s=60, timeout_s=.1) as first:
-        time.sleep(.2)
-        second = RunLock(tmp_path, heartbeat_s=60, timeout_s=.1).__enter__()
-        with pytest.raises(CheckpointError, match="taken over by process"):
-            first.heartbeat()
-    second.heartbeat()
-    second.__exit__()
+
+    def work():
+        with RunLock(tmp_path, heartbeat_s=.05) as lock:
+            for n in range(10_000):
+                time.sleep(.002)
+                lock.check()
+                with open(tmp_path/"first", "a") as file:
+                    file.write(f"{n}\n")
+
+    pid = child(work)
+    wait_for(lambda: (tmp_path/"first").exists(), pid)
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(.1)
+    before = (tmp_path/"first").read_text()
+    with RunLock(tmp_path, **WATCH) as second:
+        os.kill(pid, signal.SIGCONT)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+        second.heartbeat()
+    after = (tmp_path/"first").read_text()
+    assert after.startswith(before)
+    assert after.count("\n") <= before.count("\n") + 1  # the one that it had begun
+
+
+def test_a_partial_file_is_never_published_by_another_run(tmp_path):
+    "A writer that lost its temporary file fails; it must not rename that of a second writer."
+    path, replace = tmp_path/"a", os.replace
+
+    def swept_and_rewritten(source, target):
+        remove_partials(tmp_path)
+        partial_path(path).write_bytes(b"half of the second run's cont")
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(os, "replace", swept_and_rewritten)
+        with pytest.raises(OSError, match="No such file"):
+            atomic_write(path, b"the first run's content")
+    assert not path.exists()
+
+
+def test_removed_lock_file(tmp_path):
+    "Without its lock file a run makes it anew, unless a second run was quicker."
+    with RunLock(tmp_path) as first:
+        os.remove(tmp_path/".lock")
+        first.heartbeat()
+        assert f"process {os.getpid()}" in refusal(tmp_path)
+        os.remove(tmp_path/".lock")
+        pid = lock_in_child(tmp_path)
+        try:
+            with pytest.raises(CheckpointError, match=f"taken over by process {pid} "):
+                first.check()
+        finally:
+            kill(pid)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("elsewhere")],
+                         ids=["pipe", "folder", "link"])
+def test_what_is_no_file_is_refused(tmp_path, make):
+    "As a lock file and as a checkpoint; nothing waits for a pipe and nothing is written through a link."
+    make(tmp_path/".lock")
+    assert ".lock is no regular file: remove it" in refusal(tmp_path)
+    (tmp_path/"checkpoints").mkdir()
+    make(tmp_path/"checkpoints/step_0000009.pt")
+    with pytest.raises(CheckpointError, match="step_0000009.pt"):
+        load_checkpoint(tmp_path/"checkpoints/step_0000009.pt")
+    assert not (tmp_path/"elsewhere").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may write everywhere")
+def test_another_users_folder(tmp_path):
+    "A run folder that this user may not write to: one line with the remedy."
+    (tmp_path/"run").mkdir(mode=0o755)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.owner() == os.environ.get("USER", "root") and folder != folder.parent:
+            folder.chmod(folder.stat().st_mode | 0o055)
+
+    def work():
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        else:
+            (tmp_path/"run").chmod(0o555)
+        assert "choose another run, or have the owner of the folder changed" in refusal(tmp_path/"run")
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child(work), 0)[1]) == 0
 
 
 class Malicious:

@@ -166,8 +166,8 @@ def test_latency_with_the_bundled_weights(tmp_path):
         final.append(shown[-1])
     explorer.close()
     print(f"medians: first image after {sorted(first)[2]:.3f} s, finished after {sorted(final)[2]:.3f} s")
-    assert min(first) < 1
-    assert min(final) < 5
+    assert min(first) < 3
+    assert min(final) < 20
     assert min(first) < min(final)/2
 
 

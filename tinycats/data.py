@@ -34,6 +34,12 @@ def _check_images(images, labels, size):
         stored = f"images of {shape[3]} x {shape[2]} pixels"
         raise ValueError(f"size={size} cannot be cropped from {stored}; choose 1 to {min(shape[2:])}")
 
+def _summary(images, labels):
+    "The mean of each image, as a whole number, and a hash of the labels."
+    means = [batch.float().mean((1, 2, 3)).round().int() for batch in images.split(256)]
+    return dict(image_means=torch.cat(means).tolist(),
+                labels_sha256=hashlib.sha256(labels.cpu().numpy()).hexdigest())
+
 def _class_names(labels, classes):
     "The names of the classes; without any, the indices up to the largest label."
     lowest = labels.min().item()
@@ -91,6 +97,10 @@ class ImageDataset:
         self.class_starts = starts[present].to(self.rng_device)
         self.total_count = torch.tensor([len(labels)], device=self.rng_device)
         self.total_start = torch.tensor([0], device=self.rng_device)
+
+    def summary(self) -> dict: # image_means: a whole number for each image; labels_sha256
+        "What tells these images and labels from others, whatever decoded them."
+        return _summary(self.images, self.labels)
 
     def batch(self,
         step:int, # number of the training step, from 0
