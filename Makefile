@@ -3,16 +3,21 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-run    ?= demo
-BIN    := $(VENV)/bin
+PYTHON_HERE := $(VENV)/bin/python
 READY  := $(VENV)/ready
-RUNS   := $(BIN)/papermill --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
+
+# Programs are started as modules, because scripts in $(VENV)/bin would not survive a move of this folder. The name of
+# a run and the parameters go through the environment, so that no shell reads quotes and spaces in them.
+PAGE   := $(PYTHON_HERE) -m tinycats.pages
+export TINYCATS_ARGS = $(value args)
+ifneq ($(origin run),undefined)
+export TINYCATS_RUN = $(value run)
+endif
 
 VERSIONS := $(shell sed -n 's/^python_versions *= *//p' settings.ini)
 CHECK    := import sys; found = "%d.%d" % sys.version_info[:2]; \
             found in sys.argv[1:] or sys.exit("This is Python %s, and tinycats runs on %s. Name one of them: \
             make PYTHON=python%s ..." % (found, " ".join(sys.argv[1:]), sys.argv[len(sys.argv)//2]))
-NO_RUN   := run=$(run): there is no folder outputs/$(run); train it with make demo run=$(run), or try run=toy
 
 .PHONY: help demo evaluate explore lab test data pull bench
 
@@ -20,36 +25,31 @@ help: ## list the targets (this list)
 	@awk -F':.*## ' '/^[a-z]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(READY) ## train on toy cats and generate a sheet of them; another run: run=longer args="-p steps 9000"
-	@case '$(run)' in ''|.*|*/*|*' '*) echo "run=$(run): give the plain name of a folder" >&2; exit 1;; esac
-	@mkdir -p outputs/$(run)
-	@$(RUNS) nbs/train.ipynb outputs/$(run)/train.ipynb $(args) -p run $(run)
+	@$(PAGE) train
 
 evaluate: $(READY) ## generate with a run and score it: run=toy args="-p cfg_scale 3"; one class: args="-p classes Siamese"
-	@test -d 'outputs/$(run)' || { echo "$(NO_RUN)" >&2; exit 1; }
-	@mkdir -p outputs/$(run)/evaluation
-	@$(RUNS) nbs/evaluate.ipynb outputs/$(run)/evaluation/evaluate.ipynb $(args) -p run $(run)
+	@TINYCATS_RUN="$${TINYCATS_RUN-demo}" $(PAGE) evaluate
 
 explore: $(READY) ## open the explorer alone, without code, in the browser
-	@$(BIN)/voila nbs/explore.ipynb $(args)
+	@$(PYTHON_HERE) -m voila nbs/explore.ipynb --Voila.tornado_settings="{'allow_remote_access': False}" $(args)
 
 lab: $(READY) ## open the book in JupyterLab
-	@$(BIN)/jupyter-lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(args)
+	@$(PYTHON_HERE) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(args)
 
 test: $(READY) ## run every test of the book, then those of tests/; for pytest: args="-k rules"
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests $(args)
+	OMP_NUM_THREADS=1 $(PYTHON_HERE) -c 'from nbdev.test import nbdev_test; nbdev_test()'
+	OMP_NUM_THREADS=1 $(PYTHON_HERE) -m pytest -n 2 --dist loadfile tests $(args)
 
 data: $(READY) ## download the Oxford-IIIT Pet pictures once, into data/
-	@$(BIN)/python -c 'from tinycats import load_pets; \
+	@$(PYTHON_HERE) -c 'from tinycats import load_pets; \
 	  [load_pets(split=s, size=144, download=True) for s in ("trainval", "test")]'
 
 pull: $(READY) ## download a run from Modal: run=big; with what is needed to train on: args=--checkpoints
-	@$(BIN)/python -m tinycats.cloud pull $(run) $(args)
+	@$(PYTHON_HERE) -m tinycats.cloud pull "$${TINYCATS_RUN-demo}" $$TINYCATS_ARGS
 
 bench: $(READY) ## time tinycats against other code, interleaved, into outputs/bench; in a hurry: quick=1
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	@mkdir -p outputs/bench
-	@$(RUNS) nbs/bench.ipynb outputs/bench/bench.ipynb -p quick $(if $(filter-out 0 no false False,$(quick)),True,False) $(args)
+	@$(PYTHON_HERE) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@$(PAGE) bench -p quick $(if $(filter-out 0 no false False,$(quick)),True,False)
 
 # The stamp comes last, so that an interrupted set-up is resumed. An environment of another Python is made anew.
 $(READY): settings.ini setup.py constraints.txt
@@ -57,7 +57,7 @@ $(READY): settings.ini setup.py constraints.txt
 	  { echo "There is no $(PYTHON) here. Name a Python of $(VERSIONS): make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c '$(CHECK)' $(VERSIONS)
 	@echo "Setting up $(VENV) (the first time takes some minutes, most of them for torch)"
-	@test "$$($(BIN)/python -m pip -V 2>/dev/null | sed 's/.*(//')" = \
+	@test "$$($(PYTHON_HERE) -m pip -V 2>/dev/null | sed 's/.*(//')" = \
 	  "$$($(PYTHON) -c 'import sys; print("python %d.%d)" % sys.version_info[:2])')" || $(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PYTHON_HERE) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -230,4 +230,4 @@ def test_make_knows_what_quick_means(quick, meant):
         pytest.skip("no make here")
     command = [make, "-n", "bench", f"quick={quick}"]
     done = subprocess.run(command, cwd=NOTEBOOK.parents[1], capture_output=True, text=True)
-    assert f"-p quick {meant} " in done.stdout, done.stderr
+    assert f"-p quick {meant}\n" in done.stdout, done.stderr

@@ -21,8 +21,9 @@ from typing import Annotated, Literal, Optional
 import modal
 from pydantic import AfterValidator, Field
 
+from .pages import read_yaml, report_path, resources_folder, run_page
 from .params import ParameterError, RunName, check_params, notebook_params
-from .util import catch_signals, find_path, project_root, train_flops
+from .util import catch_signals, find_path, partial_path, project_root, train_flops
 
 # %% ../nbs/09_cloud.ipynb #c05
 WORKDIR = "/cats" # the working folder in the container
@@ -30,23 +31,13 @@ OUTPUTS_VOLUME = "tinycats-outputs"
 DATA_VOLUME = "tinycats-data"
 NOTEBOOKS = ("train", "evaluate") # what papermill runs there
 
-def _resources():
-    "The folder with settings.ini, constraints.txt and nbs/: in a wheel, a clone, or the container."
-    package = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-    folders = (package/"resources", package.parent, Path(WORKDIR))
-    return next((f for f in folders if (f/"settings.ini").is_file()), project_root())
-
 def _notebook(name):
-    return _resources()/"nbs"/f"{name}.ipynb"
-
-def _report_path(folder, notebook):
-    "Where the executed notebook of a run goes."
-    return Path(folder)/("evaluation" if notebook == "evaluate" else "")/f"{notebook}.ipynb"
+    return resources_folder()/"nbs"/f"{name}.ipynb"
 
 # %% ../nbs/09_cloud.ipynb #c07
 def image_spec() -> SimpleNamespace: # python, packages, constraints, env, files
     "What the image is made of, as settings.ini says."
-    folder = _resources()
+    folder = resources_folder()
     ini = ConfigParser()
     ini.read(folder/"settings.ini", encoding="utf-8")
     settings = ini["DEFAULT"]
@@ -159,20 +150,12 @@ def _pairs(words):
 # %% ../nbs/09_cloud.ipynb #c20
 def _read_yaml(path, kind):
     "A file of parameters: the user's own, or one of ours by its name."
-    import yaml
-    ours = _resources()/"nbs"/"params"
+    ours = resources_folder()/"nbs"/"params"
     found = next((p for p in (find_path(path), ours/path, ours/f"{path}.yaml") if p.is_file()), None)
     if found is None:
         names = ", ".join(p.stem for p in sorted(ours.glob("*.yaml")))
         raise ParameterError(f"{path!r}: there is no such file of parameters; there are {names}")
-    try:
-        content = yaml.safe_load(found.read_text(encoding="utf-8")) or kind()
-    except yaml.YAMLError as e:
-        raise ParameterError(f"{path!r} is not YAML: {' '.join(str(e).split())}") from None
-    if type(content) is not kind or kind is list and not all(type(entry) is dict for entry in content):
-        wanted = "a list of parameter sets" if kind is list else "lines of name: value"
-        raise ParameterError(f"{path!r}: needs {wanted}")
-    return content
+    return read_yaml(found.read_text(encoding="utf-8"), repr(path), kind)
 
 def _check_runs(plan):
     "A sweep has runs, and each has a name of its own."
@@ -245,7 +228,7 @@ def describe_plan(
     yield (f"container  {plan.gpu or 'no GPU'}, 2 cores, 8 GiB; at most {plan.timeout:,} s an attempt, "
            f"retries: {plan.retries}")
     for given in plan.sets:
-        report = _report_path(f"outputs/{given['run']}", plan.notebook).as_posix()
+        report = report_path("outputs", plan.notebook, given["run"]).as_posix()
         parameters = " ".join(f"-p {name} {value}" for name, value in given.items())
         yield f"run        papermill {plan.notebook}.ipynb {report} {parameters}"
     yield from _describe_estimate(plan)
@@ -341,13 +324,10 @@ def graceful_interrupt():
 NON_RETRYABLE = ("ParameterError", "ValueError", "FileNotFoundError", "FileExistsError", "CheckpointError")
 
 def _execute(source, target, params):
-    "Run a notebook with papermill; the name and the line of its error, or None."
-    import papermill
+    "Run a notebook; the name and the line of its error, or None."
     from papermill.exceptions import PapermillExecutionError
     try:
-        papermill.execute_notebook(
-            source, target, params, cwd=project_root(), progress_bar=False, stdout_file=sys.stdout,
-            stderr_file=sys.stderr)
+        run_page(source, target, params)
     except PapermillExecutionError as e: # a cell failed
         return e.ename, f"{e.ename}: {' '.join(str(e.evalue).split())}"
     except Exception as e: # the kernel was killed
@@ -356,7 +336,6 @@ def _execute(source, target, params):
 
 def _run_notebook(source, target, params):
     "Run a notebook; returns the line of an error that would come again, raises one that may not."
-    report = target.read_bytes() if target.exists() else None
     with graceful_interrupt() as caught:
         error = _execute(source, target, params)
     if not error:
@@ -364,8 +343,6 @@ def _run_notebook(source, target, params):
     name, line = error
     if caught:
         raise KeyboardInterrupt(f"stopped by signal {caught[0]}: the same command resumes the run")
-    if "is in use by process" in line and report: # the report is the lock owner's
-        target.write_bytes(report)
     if name not in NON_RETRYABLE:
         raise RuntimeError(line)
     return line
@@ -390,13 +367,12 @@ def _run(notebook, params, call):
     except ParameterError as e:
         return dict(run=params.get("run"), error=f"ParameterError: {e}", step=None)
     folder = project_root()/"outputs"/values["run"]
-    report = _report_path(folder, notebook)
+    report = report_path(folder.parent, notebook, folder.name)
     if notebook == "train" and _is_complete(folder, values):
         return dict(run=values["run"], error=None, step=values["steps"])
     if remote:
         data = values.get("data") or _read_config(folder).get("data")
         _set_up_container(call, data in ("pets", "heads"))
-    report.parent.mkdir(parents=True, exist_ok=True)
     with _periodic_commits(outputs_volume if remote else None):
         error = _run_notebook(_notebook(notebook), report, params)
     return dict(run=values["run"], error=error, step=_read_config(folder).get("step"))
@@ -481,13 +457,27 @@ def _list_run(run):
             f"run={run!r}: there is no such run in the volume {OUTPUTS_VOLUME}; "
             f"`modal volume ls {OUTPUTS_VOLUME}` lists them") from None
 
+def _is_wanted(entry, checkpoints):
+    "Whether an entry of a volume is a file to download."
+    is_file = entry.type == modal.volume.FileEntryType.FILE
+    temporary = Path(entry.path).name.startswith(".lock") or entry.path.endswith(".part")
+    return is_file and not temporary and (checkpoints or "/checkpoints/" not in entry.path)
+
+def _target(home, run, entry):
+    "Where a file goes; a ParameterError for a name that leads out of the run's folder."
+    target = (home/entry.path).resolve()
+    if not target.is_relative_to((home/run).resolve()):
+        raise ParameterError(f"run={run!r}: the volume lists {entry.path!r}, which is outside of {home/run}; "
+                             "nothing was downloaded")
+    return target
+
 def _download(entry, target):
     "One file of the outputs volume, atomically, unless it is here with that size and time."
     stat = target.stat() if target.exists() else None
     if stat and (stat.st_size, int(stat.st_mtime)) == (entry.size, int(entry.mtime)):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
+    part = partial_path(target)
     with open(part, "wb") as f:
         f.writelines(modal.Volume.from_name(OUTPUTS_VOLUME).read_file(entry.path))
     os.utime(part, (entry.mtime, entry.mtime))
@@ -502,11 +492,10 @@ def pull(
     check_params({"run": run}, {"run": (RunName, "demo")})
     refuse_overwrite(run)
     home = project_root()/"outputs"
-    for entry in _list_run(run):
-        is_file = entry.type == modal.volume.FileEntryType.FILE
-        temporary = Path(entry.path).name.startswith(".lock") or entry.path.endswith(".part")
-        if is_file and not temporary and (checkpoints or "/checkpoints/" not in entry.path):
-            _download(entry, home/entry.path)
+    entries = [entry for entry in _list_run(run) if _is_wanted(entry, checkpoints)]
+    targets = [_target(home, run, entry) for entry in entries]
+    for entry, target in zip(entries, targets):
+        _download(entry, target)
     (home/run).mkdir(parents=True, exist_ok=True)
     (home/run/".cloud").touch()
     return home/run

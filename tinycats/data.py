@@ -6,7 +6,7 @@
 __all__ = ['BREEDS', 'NEAR_DUPLICATES', 'ImageDataset', 'load_pets', 'load_eval_pets']
 
 # %% ../nbs/00_data.ipynb #c02
-import csv, hashlib, os, warnings
+import csv, hashlib, os, tempfile, warnings
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -250,6 +250,8 @@ def _decode_photos(photos, size):
     def decode(photo):
         try:
             with Image.open(photo.path) as image:
+                if image.width*image.height > Image.MAX_IMAGE_PIXELS: # Pillow would only warn
+                    return f"{photo.name}.jpg ({image.width} x {image.height} pixels: too large)"
                 return _to_square(image, size, photo.head)
         except Exception as e: # damaged files raise errors of many kinds
             reason = str(e).splitlines()[0] if str(e) else type(e).__name__
@@ -264,13 +266,19 @@ def _decode_photos(photos, size):
     return torch.stack(squares)
 
 # %% ../nbs/00_data.ipynb #c42
+def _user_cache():
+    "The user's cache folder; one for temporary files where the system knows of no home."
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")
+    except RuntimeError: # a user without an entry in the list of users
+        return Path(tempfile.gettempdir())
+
 def _cache_path(folder, cache, name):
     "Where decoded images are kept: in `cache`, else beside the data, else in the user's cache folder."
     if cache is None:
         marked_writable = folder.stat().st_mode & 0o222 # root may write elsewhere too, but should not
         writable = os.access(folder, os.W_OK) and marked_writable
-        user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")
-        cache = folder/"prepared" if writable else user_cache/"tinycats"
+        cache = folder/"prepared" if writable else _user_cache()/"tinycats"
     folder_hash = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
     return Path(cache)/f"{name}-{folder_hash}.safetensors"
 

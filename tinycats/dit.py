@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['patchify', 'unpatchify', 'sincos_pos_embed', 'timestep_embedding', 'attention', 'Attention', 'MLP', 'modulate',
-           'DiTBlock', 'TinyDiT', 'tune_malloc', 'save_model', 'load_model']
+           'DiTBlock', 'TinyDiT', 'tune_malloc', 'save_model', 'build_model', 'load_model']
 
 # %% ../nbs/01_dit.ipynb #c02
 import ctypes, json, math
 from pathlib import Path
 import torch, torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn, Tensor
-from .util import find_path
+from .util import atomic_write, find_path
 
 # %% ../nbs/01_dit.ipynb #c07
 def patchify(
@@ -226,7 +226,7 @@ def _init_weights(module):
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=.02)
 
-def _check_config(image_size, patch_size, dim, depth, num_heads, prediction, **_):
+def _check_config(image_size, patch_size, dim, depth, num_heads, dropout, prediction, **_):
     "A ValueError in one line if no network can have this configuration."
     positive = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, num_heads=num_heads)
     for name, value in positive.items():
@@ -234,6 +234,8 @@ def _check_config(image_size, patch_size, dim, depth, num_heads, prediction, **_
             raise ValueError(f"{name} {value}: at least 1 is needed")
     if image_size % patch_size:
         raise ValueError(f"patch_size {patch_size} does not divide image_size {image_size}: choose a divisor")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout} is no probability: choose 0 to just below 1")
     if dim % num_heads:
         raise ValueError(f"num_heads {num_heads} does not divide dim {dim}: choose a divisor")
     if prediction not in ("clean", "velocity"):
@@ -256,16 +258,45 @@ def save_model(
     dtype:torch.dtype|None=None, # store the weights in this type; None keeps theirs
     **metadata, # anything else worth keeping in the header, as JSON: run, step, data
 ):
-    "Write weights, constructor arguments and class names to one safetensors file."
+    "Write weights, constructor arguments and class names to one safetensors file, atomically."
     weights = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in model.state_dict().items()}
     header = dict(config=model.config, classes=list(model.classes), metadata=metadata)
-    save_file(weights, path, metadata={k: json.dumps(v) for k, v in header.items()})
+    atomic_write(path, save(weights, metadata={k: json.dumps(v) for k, v in header.items()}))
 
-# %% ../nbs/01_dit.ipynb #c67
-def _build_model(weights, header):
-    "A TinyDiT from the tensors and the header of a file."
-    model = TinyDiT(**json.loads(header["config"]))
+# %% ../nbs/01_dit.ipynb #c68
+def _check_weights(weights, config):
+    "A ValueError unless the tensors are the finite weights of a network of this configuration."
+    dim, patch_size = config["dim"], config["patch_size"]
+    shapes = {name: tuple(w.shape) for name, w in weights.items()}
+    expected = {"x_embedder.weight": (dim, 3*patch_size**2),
+                "y_embedder.weight": (config["num_classes"] + 1, dim),
+                "augment_embedder.weight": (dim, config["augment_dim"]) if config["augment_dim"] else None}
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            raise ValueError(f"{name} has the shape {shapes.get(name)}, not {shape}")
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    if depth != config["depth"]:
+        raise ValueError(f"it has {depth} blocks, not {config['depth']}")
+    if not config["image_size"] <= 256*patch_size:
+        raise ValueError(f"image_size {config['image_size']} is more than 256 patches of {patch_size}")
+    for name, w in weights.items():
+        if not w.is_floating_point() or not w.isfinite().all():
+            raise ValueError(f"{name} is not finite" if w.is_floating_point() else f"{name} is {w.dtype}")
+
+def build_model(
+    weights:dict, # {name: tensor}, as `state_dict()` gives them
+    config:dict, # arguments of `TinyDiT`
+) -> TinyDiT:
+    "A network with these weights; an error in one line if they are not finite or of another network."
+    _check_weights(weights, config)
+    model = TinyDiT(**config)
     model.load_state_dict(weights)
+    return model
+
+# %% ../nbs/01_dit.ipynb #c69
+def _from_file(weights, header):
+    "A TinyDiT from the tensors and the header of a file."
+    model = build_model(weights, json.loads(header["config"]))
     model.classes = json.loads(header["classes"])
     model.metadata = json.loads(header["metadata"])
     if len(model.classes) != model.num_classes:
@@ -286,7 +317,7 @@ def load_model(
         with safe_open(path, "pt") as f:
             header = f.metadata() or {}
             weights = {k: f.get_tensor(k) for k in f.keys()}
-        model = _build_model(weights, header)
+        model = _from_file(weights, header)
     except Exception as e:
         reason = f"{type(e).__name__}: {str(e)}".partition("\n")[0]
         raise ValueError(f"{path} holds no TinyDiT ({reason}): name a file written by save_model") from None

@@ -201,7 +201,7 @@ def make_controls(
                               tooltip="steps from noise to image", **wide),
         solver=w.Dropdown(description="solver", options=list(SOLVERS),
                           tooltip="heun evaluates the network twice a step", **wide),
-        seed=w.BoundedIntText(description="seed", value=0, min=0, max=2**31 - 1,
+        seed=w.BoundedIntText(description="seed", value=0, min=0, max=2**32 - 1,
                               tooltip="of the noise: another seed, another cat", **wide),
         n=w.IntSlider(description="images", value=8, min=1, max=16, tooltip="how many images", **wide))
 
@@ -410,10 +410,21 @@ def _as_control_value(name, value):
         return str(value)
     return tuple(value) if isinstance(value, list) else value
 
-def _allowed_values(control):
+# The most that a setting can be; a slider that is shorter grows when more is asked for.
+_LIMITS = dict(cfg_scale=1000, num_steps=10_000, seed=2**32 - 1, n=256)
+
+def _set_control(name, control, value):
+    "Give a control a value, or raise a ValueError: widgets would silently cut what is out of their range."
+    if name in _LIMITS and control.max < value <= _LIMITS[name]:
+        control.max = value
+    control.value = value
+    if control.value != value:
+        raise ValueError(f"{name} cannot be {value}")
+
+def _allowed_values(name, control):
     "What a control accepts, in words."
     if not isinstance(control, w.Dropdown):
-        return f"choose between {control.min} and {control.max}"
+        return f"choose between {control.min} and {_LIMITS.get(name, control.max)}"
     labels = [option if isinstance(option, str) else option[0] for option in control.options]
     return f"choose from {', '.join(labels)}"
 
@@ -442,8 +453,8 @@ class ControlPanel(w.VBox):
     def settings(self) -> dict:
         "What the controls show, as `generate_from_settings` takes it."
         values = {name: control.value for name, control in self.controls.items()}
-        interval = tuple(round(t, 3) for t in values["cfg_interval"])
-        return values | dict(cfg_scale=round(values["cfg_scale"], 3), cfg_interval=interval)
+        interval = tuple(round(t, 6) for t in values["cfg_interval"]) # sliders give 0.30000000000000004
+        return values | dict(cfg_scale=round(values["cfg_scale"], 6), cfg_interval=interval)
 
     @property
     def classes(self) -> list:
@@ -455,12 +466,13 @@ class ControlPanel(w.VBox):
         problem = None
         for name in sorted(settings, key=[*self.controls, *settings].index):
             try:
-                self.controls[name].value = _as_control_value(name, settings[name])
+                _set_control(name, self.controls[name], _as_control_value(name, settings[name]))
             except KeyError:
                 names = ", ".join(self.controls)
                 problem = f"{name}={settings[name]!r}: there is no such control; there are {names}"
             except Exception: # traitlets and widgets raise many kinds
-                problem = f"{name} {settings[name]!r} is not possible: {_allowed_values(self.controls[name])}"
+                allowed = _allowed_values(name, self.controls[name])
+                problem = f"{name} {settings[name]!r} is not possible: {allowed}"
         return problem
 
     def update_options(self, run):

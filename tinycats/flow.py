@@ -144,6 +144,8 @@ def seeded_noise(
     seed:int=0, # image i of a seed is the same for every `n`
 ) -> Tensor: # (n, 3, size, size), on the CPU
     "Standard normal noise to start sampling from."
+    if not 0 <= seed < 2**32: # PyTorch's generator would use the lower 32 bits and say nothing
+        raise ValueError(f"seed={seed}: choose 0 to {2**32 - 1}")
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randn(3, size, size, generator=generator) for _ in range(n)])
 

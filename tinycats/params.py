@@ -35,7 +35,7 @@ def _int_range(low, high, high_text=None):
 
 PositiveInt = _int_range(1, 10**9)
 NonNegativeInt = _int_range(0, 10**9)
-Seed = _int_range(0, 2**63 - 1, "2**63 - 1")
+Seed = _int_range(0, 2**32 - 1) # all that PyTorch's generator on the CPU can tell apart
 BatchSize = _int_range(1, 2**16)
 SampleCount = _int_range(1, 10_000)     # images of each class
 SolverSteps = _int_range(1, 10_000)     # steps of the ODE solver
@@ -216,6 +216,21 @@ def _positions_fit(dim):
 def _heads_share_the_width(num_heads, dim):
     "a num_heads that divides dim"
     return dim % num_heads == 0
+
+@_rule
+def _network_fits_in_memory(dim, depth):
+    "at most 5 billion weights, about 12·dim²·depth"
+    return 12*dim**2*depth <= 5e9
+
+@_rule
+def _tokens_fit_in_memory(image_size, patch_size):
+    "at most 65,536 patches, (image_size/patch_size)²"
+    return (image_size//patch_size)**2 <= 65_536
+
+@_rule
+def _toy_images_fit_in_memory(toy_images, image_size):
+    "at most 16 GB of images, 3·toy_images·image_size² bytes"
+    return 3*toy_images*image_size**2 <= 16e9
 
 @_rule
 def _one_kind_of_weights(raw, ema):

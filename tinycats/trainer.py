@@ -9,7 +9,7 @@ __all__ = ['log', 'MAX_WEIGHT', 'cosine_lr', 'can_compile', 'run_metadata', 'ste
            'print_progress']
 
 # %% ../nbs/05_trainer.ipynb #c02
-import contextlib, hashlib, json, logging, math, os
+import contextlib, json, logging, math, os
 import platform, shutil, signal, subprocess, sysconfig, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from errno import EDQUOT, EFBIG, ENOSPC
@@ -21,7 +21,7 @@ import tinycats, torch
 from torch import nn, Tensor
 from .checkpoint import (
     CheckpointError, RunLock, list_checkpoints, load_checkpoint, load_latest, save_checkpoint)
-from .core import halve_on_oom, pick_dtype
+from .core import halve_on_oom, pick_dtype, stream_seed
 from .ema import EMA
 from .flow import drop_labels, flow_loss, logit_normal_times, uniform_times
 from .params import TrainConfig
@@ -98,9 +98,8 @@ def step_seed(
     seed:int, # the run's seed
     step:int, # the step
 ) -> int: # a seed of 63 bits
-    "One seed for each (seed, step); PyTorch's generator on the CPU uses its lower 32 bits."
-    digest = hashlib.blake2b(f"{seed}, {step}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    "One seed for each (seed, step)."
+    return stream_seed(seed, step)
 
 # %% ../nbs/05_trainer.ipynb #c18
 def accumulate_grads(
