@@ -1,5 +1,6 @@
 "The pages evaluate, compare_ema and sweep: on runs, checkpoints and files; and what they refuse."
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import torch
 from helpers import shared
 from page import run_cell
 from PIL import Image
-from tinycats import metrics
+from tinycats import metrics, viz
+from tinycats.checkpoint import load_checkpoint, save_checkpoint
 from tinycats.core import stream_seed, to_float
 from tinycats.data import ImageDataset
-from tinycats.dit import TinyDiT, save_model
-from tinycats.params import TrainConfig
+from tinycats.dit import TinyDiT, load_model, save_model
+from tinycats.flow import sample, seeded_noise
+from tinycats.params import ParameterError, TrainConfig
 from tinycats.toy import TOY_CLASSES, toy_cats
 from tinycats.trainer import Trainer
 
@@ -256,6 +259,67 @@ def test_better_networks_score_better(project, extractor):
     assert .8 < honest["high_frequency_ratio"] < 1.25
     assert bad["high_frequency_ratio"] < .01
     assert honest["precision"] > .5 > bad["precision"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(project, bad):
+    "In a file of weights and in a checkpoint, before anything is generated."
+    weights = project/"outputs/tiny/ema.safetensors"
+    model = load_model(weights)
+    torch.nn.init.constant_(model.final_layer.bias, bad)
+    save_model(model, weights, **model.metadata)
+    step, state = load_checkpoint(project/"outputs/tiny/checkpoints/step_0000015.pt")
+    state["ema"]["models"]["0.5"]["module.final_layer.bias"].fill_(bad)
+    save_checkpoint(project/"outputs/tiny/checkpoints", 16, state)
+    for given in (dict(), dict(weights="checkpoints/step_0000016.pt")):
+        with pytest.raises(ParameterError, match="final_layer.bias is not finite") as e:
+            cells(run="tiny", **QUICK | given)
+        assert "\n" not in str(e.value)
+    assert not (project/"outputs/tiny/evaluation").exists()
+
+
+@pytest.mark.parametrize("classes", [1, 3, 20, 37])
+def test_any_number_of_classes(tmp_path, classes):
+    "Sampling, guidance, sheets, metrics and saved images take the classes of the network."
+    names = [f"class_{i}" for i in range(classes)]
+    torch.manual_seed(0)
+    model = TinyDiT(16, 8, dim=32, depth=1, num_heads=2, num_classes=classes)
+    torch.nn.init.normal_(model.y_embedder.weight)
+    torch.nn.init.normal_(model.final_layer.weight, std=.1)
+    torch.nn.init.normal_(model.adaln.weight, std=.1)
+    model.classes = names
+    save_model(model, tmp_path/"ema.safetensors")
+    model = load_model(tmp_path)
+    assert model.classes == names
+
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    x0 = seeded_noise(2, 16)
+    guided = sample(model, [names[-1], classes - 1], num_steps=3, cfg_scale=3, x0=x0)
+    assert torch.cat(seen).unique().tolist() == [classes - 1, classes]  # the class and the null class
+    null, cond = (sample(model, [c, c], num_steps=3, cfg_scale=1, x0=x0) for c in (classes, classes - 1))
+    assert not torch.allclose(guided, cond, atol=1e-4)
+    assert not torch.allclose(null, cond, atol=1e-4)
+    with pytest.raises(ValueError, match=f"choose from 0 to {classes - 1}, or {classes} for the null class"):
+        sample(model, [classes + 1])
+
+    images, labels = viz.generate(model, 3, num_steps=1)
+    assert labels.tolist() == sum(([c]*3 for c in range(classes)), [])
+    viz.class_sheet(images, labels, names)
+    viz.cfg_grid(model, scales=(0, 2), num_steps=1)
+    viz.morph(model, (0, classes - 1), (0, 1), frames=2, num_steps=1)
+    viz.save_images(tmp_path/"images", images, labels, names)
+    assert len(list((tmp_path/"images").iterdir())) == classes + 1
+
+    real = 2*torch.rand(classes*8, 3, 16, 16) - 1
+    of_class = torch.arange(classes).repeat(8)
+    net = metrics.train_classifier(real, of_class, classes, steps=2)
+    counts = metrics.confusion_matrix(net, images, labels, classes)
+    assert counts.sum(1).tolist() == [3]*classes
+    viz.plot_confusion(counts, names)
+    found, _ = metrics.scores(images, labels, heldout=(real, of_class), training=(real, of_class),
+                              net=net.features, num_classes=classes)
+    assert found["n"] == 3*classes
 
 
 REFUSED = [

@@ -1,5 +1,6 @@
 """What the chapter on the explorer does not show: the page run from start to end, a slow network, damaged
 files, and what comes first."""
+import html
 import json
 import shutil
 import threading
@@ -169,6 +170,31 @@ def test_latency_with_the_bundled_weights(tmp_path):
     assert min(first) < 3
     assert min(final) < 20
     assert min(first) < min(final)/2
+
+
+@pytest.mark.parametrize("settings", [
+    dict(num_steps=150), dict(cfg_scale=8.0), dict(n=20), dict(seed=2**32 - 1), dict(cfg_scale=1.23456),
+    dict(cfg_interval=(.12, .34))], ids=lambda settings: str(settings))
+def test_values_are_kept_as_they_came(explorer, settings):
+    "A slider that ends before a value grows; nothing is cut or rounded."
+    explorer.set(**settings)
+    assert {name: explorer.settings[name] for name in settings} == settings
+    assert explorer.wait()
+    assert {name: explorer.result[0][name] for name in settings} == settings
+
+
+@pytest.mark.parametrize("settings", [
+    dict(num_steps=0), dict(num_steps=10_001), dict(cfg_scale=-1.0), dict(cfg_scale=1001.0), dict(n=0),
+    dict(n=257), dict(seed=-1), dict(seed=2**32), dict(cfg_interval=(.5, 1.5)), dict(num_steps="many"),
+    dict(n=2.5),
+    dict(class_name="Tiger"), dict(solver="rk4")], ids=lambda settings: str(settings))
+def test_values_that_cannot_be_kept_are_refused(explorer, settings):
+    "In one line that says what is possible, and no image of other settings is shown as if it were that."
+    explorer.set(**settings)
+    assert explorer.wait()
+    assert explorer.result is None
+    (name, value), = settings.items()
+    assert f"{name} {value!r} is not possible: choose" in html.unescape(explorer.view.status.value)
 
 
 def replace_weights(run):

@@ -2,6 +2,7 @@
 import csv
 import json
 import subprocess
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -147,3 +148,15 @@ def test_no_photograph_is_published():
             source = "".join(cell["source"])
             if shows_an_image(cell):
                 assert not any(word in source for word in ("_sheet(x1", "overview", "closest")), page
+
+
+def test_a_user_without_a_home(root, monkeypatch, tmp_path):
+    "Where the system knows no home, decoded images are kept among the temporary files."
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    images, labels = load_pets(root, "test", 16, dogs=False, heads=True)
+    assert len(images) == len(labels) > 100

@@ -29,7 +29,7 @@ ARROWS = dict(
     trainer="util core params flow ema checkpoint",
     viz="util core flow", metrics="util core",
     runs="util core params data toy dit ema checkpoint metrics viz",
-    explorer="util core dit flow viz runs", cloud="util params")
+    explorer="util core dit flow viz runs", pages="util params", cloud="util params pages")
 
 # What importing a module must not load.
 TOOLS = """nbdev fastcore execnb nbformat nbconvert nbclient jupyter_client jupyter_core jupyterlab
@@ -38,7 +38,7 @@ DISPLAY = "matplotlib IPython ipywidgets ipykernel torchvision".split()
 UNWANTED = {name: [*TOOLS, "modal"] for name in ARROWS}
 for name in "core data toy dit flow ema checkpoint trainer metrics".split():
     UNWANTED[name] += DISPLAY
-for name in ("util", "params"):
+for name in ("util", "params", "pages"):
     UNWANTED[name] += [*DISPLAY, "torch", "numpy"]
 UNWANTED["cloud"] = [*TOOLS, *DISPLAY, "torch", "numpy"]
 

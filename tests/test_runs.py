@@ -22,6 +22,7 @@ from test_checkpoint import KILLS, child, kill, small_disk, wait_for
 from tinycats.checkpoint import CheckpointError, RunLock, list_checkpoints, load_latest
 from tinycats.data import ImageDataset
 from tinycats.dit import TinyDiT
+from tinycats.flow import sample
 from tinycats.toy import TOY_CLASSES, toy_cats
 from tinycats.trainer import TrainConfig, Trainer, cosine_lr
 
@@ -449,6 +450,25 @@ def test_killed_through_papermill(tmp_path):
         with papermills(*places) as started:
             for place, papermill in zip(places, started):
                 kill_both(place, papermill)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_drawing_is_stopped(tmp_path, number):
+    "A sheet that would take for ever ends at once, and its step is saved; though a checkpoint was not due."
+    def draw(trainer):
+        (tmp_path/"drawing").touch()
+        sample(trainer.ema[.5], torch.zeros(64).long(), num_steps=10**6)
+
+    run = tmp_path/"a"
+    pid = child(lambda: fit_until(None, folder=run, sample_every=7, checkpoint_every=60, on_sample=draw))
+    wait_for((tmp_path/"drawing").exists, pid)
+    time.sleep(.2)
+    sent = time.monotonic()
+    os.kill(pid, number)
+    assert exit_code(pid) == 1
+    assert time.monotonic() - sent < 3
+    assert load_latest(run/"checkpoints")[0] == 7
+    assert json.loads((run/"config.json").read_text())["step"] == 7
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)

@@ -457,6 +457,7 @@ def _list_run(run):
             f"run={run!r}: there is no such run in the volume {OUTPUTS_VOLUME}; "
             f"`modal volume ls {OUTPUTS_VOLUME}` lists them") from None
 
+# %% ../nbs/09_cloud.ipynb #c58
 def _is_wanted(entry, checkpoints):
     "Whether an entry of a volume is a file to download."
     is_file = entry.type == modal.volume.FileEntryType.FILE
@@ -483,7 +484,7 @@ def _download(entry, target):
     os.utime(part, (entry.mtime, entry.mtime))
     os.replace(part, target)
 
-# %% ../nbs/09_cloud.ipynb #c58
+# %% ../nbs/09_cloud.ipynb #c59
 def pull(
     run:str, # the name of a run in the cloud
     checkpoints:bool=False, # download these too
@@ -500,7 +501,7 @@ def pull(
     (home/run/".cloud").touch()
     return home/run
 
-# %% ../nbs/09_cloud.ipynb #c61
+# %% ../nbs/09_cloud.ipynb #c62
 def _check_outputs(plan):
     "Refuse what would overwrite a run of this computer."
     for given in plan.sets:
@@ -526,7 +527,7 @@ def _bring_home(run, result):
     print(f"{run}: {outcome} {folder}", flush=True)
     return error
 
-# %% ../nbs/09_cloud.ipynb #c62
+# %% ../nbs/09_cloud.ipynb #c63
 def _submit(plan, detach):
     "Inside the running app: start the containers; unless detached, wait and download."
     runs = [given["run"] for given in plan.sets]
@@ -546,7 +547,7 @@ def _submit(plan, detach):
     if failed:
         raise RuntimeError("; ".join(failed))
 
-# %% ../nbs/09_cloud.ipynb #c64
+# %% ../nbs/09_cloud.ipynb #c65
 @contextmanager
 def _one_line_errors():
     "Inside, an expected error, or Ctrl-C, ends the program with one line."
@@ -581,7 +582,7 @@ def main(*words:str):
         print(*_describe_estimate(plan), sep="\n", flush=True)
         _submit(plan, bool(context and context.obj and context.obj.get("detach")))
 
-# %% ../nbs/09_cloud.ipynb #c65
+# %% ../nbs/09_cloud.ipynb #c66
 def _pull_cli(words):
     parser = _Parser(prog="python -m tinycats.cloud pull", add_help=False)
     parser.add_argument("run")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['patchify', 'unpatchify', 'sincos_pos_embed', 'timestep_embedding', 'attention', 'Attention', 'MLP', 'modulate',
-           'DiTBlock', 'TinyDiT', 'tune_malloc', 'save_model', 'build_model', 'load_model']
+           'DiTBlock', 'TinyDiT', 'tune_malloc', 'save_model', 'check_weights', 'build_model', 'load_model']
 
 # %% ../nbs/01_dit.ipynb #c02
 import ctypes, json, math
@@ -264,7 +264,10 @@ def save_model(
     atomic_write(path, save(weights, metadata={k: json.dumps(v) for k, v in header.items()}))
 
 # %% ../nbs/01_dit.ipynb #c68
-def _check_weights(weights, config):
+def check_weights(
+    weights:dict, # {name: tensor}, as `state_dict()` gives them
+    config:dict, # arguments of `TinyDiT`
+):
     "A ValueError unless the tensors are the finite weights of a network of this configuration."
     dim, patch_size = config["dim"], config["patch_size"]
     shapes = {name: tuple(w.shape) for name, w in weights.items()}
@@ -288,7 +291,7 @@ def build_model(
     config:dict, # arguments of `TinyDiT`
 ) -> TinyDiT:
     "A network with these weights; an error in one line if they are not finite or of another network."
-    _check_weights(weights, config)
+    check_weights(weights, config)
     model = TinyDiT(**config)
     model.load_state_dict(weights)
     return model

@@ -410,7 +410,7 @@ def _as_control_value(name, value):
         return str(value)
     return tuple(value) if isinstance(value, list) else value
 
-# The most that a setting can be; a slider that is shorter grows when more is asked for.
+# The largest value of a setting; a slider that ends before it grows when it is given more.
 _LIMITS = dict(cfg_scale=1000, num_steps=10_000, seed=2**32 - 1, n=256)
 
 def _set_control(name, control, value):

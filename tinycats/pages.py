@@ -147,6 +147,9 @@ def plan_page(
                              f"make demo run={run}, or try run=toy")
     return source, report_path(outputs, source.stem, run), {name: values[name] for name in given}
 
+# %% ../nbs/12_pages.ipynb #c14
+EXPECTED_ERRORS = ("ParameterError", "CheckpointError", "KeyboardInterrupt", "SystemExit") # said in one line
+
 def main(
     words:list, # as for `plan_page`
 ):
@@ -154,7 +157,7 @@ def main(
     from papermill.exceptions import PapermillExecutionError
     words = [*words, *shlex.split(os.environ.get("TINYCATS_ARGS", ""))]
     try:
-        source, target, params = plan_page(words, os.environ.get("TINYCATS_RUN") or None)
+        source, target, params = plan_page(words, os.environ.get("TINYCATS_RUN"))
         run_page(source, target, params)
     except (ParameterError, OSError) as e:
         raise SystemExit(" ".join(str(e).split())) from None
@@ -162,8 +165,6 @@ def main(
         name, failed = f"{e.ename}: {' '.join(str(e.evalue).split())}", target.with_suffix(".failed.ipynb")
         details = "" if e.ename in EXPECTED_ERRORS else f"{e}\n"
         raise SystemExit(f"{details}{name}\nThe page so far is in {failed}") from None
-
-EXPECTED_ERRORS = ("ParameterError", "CheckpointError", "KeyboardInterrupt", "SystemExit") # no traceback needed
 
 if __name__ == "__main__":
     if __spec__ is not None: # python -m tinycats.pages; a notebook has no __spec__

@@ -19,7 +19,7 @@ import torch
 from .checkpoint import list_checkpoints, load_checkpoint
 from .core import stream_seed
 from .data import BREEDS, load_eval_pets
-from .dit import TinyDiT, build_model, load_model
+from .dit import TinyDiT, build_model, check_weights, load_model
 from .ema import EMA
 from .params import ParameterError
 from .toy import TOY_CLASSES, toy_cats
@@ -113,6 +113,7 @@ def load_checkpoint_models(
         raise ValueError(f"{path} is no checkpoint of a TinyDiT: it has no {e}") from e
     models = {"raw": model} | {f"ema {decay}": averages[decay] for decay in averages.decays}
     for name, network in models.items():
+        check_weights(network.state_dict(), network.config)
         network.eval()
         network.classes, network.metadata, network.path = classes, dict(step=step, weights=name), Path(path)
     return step, models
@@ -255,7 +256,7 @@ def read_results(
         found = read_json(path)
         saved = dict(found[key])
     except (ValueError, KeyError, TypeError) as e:
-        reason = str(e) if isinstance(e, ValueError) else f"{path} does not say with which settings it was made"
+        reason = str(e) if isinstance(e, ValueError) else f"{path} does not say how it was made"
         raise ParameterError(f"{given}: {reason}; choose another name, or remove {path.parent}") from None
     for name, value in settings.items():
         before = saved.get(name)
@@ -296,8 +297,9 @@ def comparison_table(
 
 # %% ../nbs/11_runs.ipynb #c54
 EVALUATION_DEFAULTS = dict( # of evaluate.ipynb; what differs from them is part of the folder's name
-    weights=None, ema=None, raw=False, classes=[], samples=20, num_steps=50, cfg_scale=1.5,
-    cfg_interval=[0., 1.], solver="euler", seed=0, precision="auto", data=None, heldout=1300, features="classes")
+    weights=None, ema=None, raw=False, classes=[],
+    samples=20, num_steps=50, cfg_scale=1.5, cfg_interval=[0., 1.], solver="euler", seed=0, precision="auto",
+    data=None, heldout=1300, features="classes")
 
 def _short(value):
     "A value as part of the name of a folder."
