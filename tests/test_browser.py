@@ -15,7 +15,9 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -102,7 +104,12 @@ def server_command(kind, home, port, token):
                 f"--ServerApp.root_dir={home}",
                 f"--IdentityProvider.token={token}"]
     return [sys.executable, "-m", "voila", "nbs/explore.ipynb", f"--port={port}", "--Voila.ip=127.0.0.1",
-            f"--token={token}", "--VoilaConfiguration.allow_theme_override=YES", "--no-browser"]
+            f"--token={token}", "--VoilaConfiguration.allow_theme_override=YES", "--no-browser",
+            *HOST_CHECK]
+
+
+# As the Makefile has it: a page elsewhere must not reach voila under a name of its own (DNS rebinding).
+HOST_CHECK = ["--Voila.tornado_settings={'allow_remote_access': False}"]
 
 
 @contextmanager
@@ -280,6 +287,24 @@ def stopwatch(page):
 def latency(page, clicks=8):
     "First and final image after so many clicks, in seconds: two sorted lists."
     return [sorted(times) for times in zip(*(stopwatch(page) for _ in range(clicks)))]
+
+
+def status_for(address, host):
+    "The HTTP status of a page for a client that calls the server by another name."
+    url = urlsplit(address)
+    connection = HTTPConnection(url.hostname, url.port, timeout=60)
+    connection.request("GET", f"{url.path}?{url.query}", headers=dict(Host=f"{host}:{url.port}"))
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
+def test_voila_answers_to_this_machine_alone(home):
+    pytest.importorskip("voila", reason="voila is not installed")
+    assert HOST_CHECK[0].partition("=")[2] in (ROOT/"Makefile").read_text()
+    with server("voila", home) as address:
+        assert status_for(address, "127.0.0.1") == 200
+        assert status_for(address, "elsewhere.example") == 403
 
 
 @pytest.mark.parametrize("kind", ["lab", "voila"])
