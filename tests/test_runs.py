@@ -1,4 +1,5 @@
 "What the chapter on training cannot show about itself: runs killed, stopped or started twice, as processes."
+import itertools
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from tinycats.data import ImageDataset
 from tinycats.dit import TinyDiT
 from tinycats.flow import sample
 from tinycats.toy import TOY_CLASSES, toy_cats
-from tinycats.trainer import TrainConfig, Trainer, cosine_lr
+from tinycats.trainer import TrainConfig, Trainer, cosine_lr, print_progress
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 torch.set_num_threads(1)  # before any work: a forked child has none of its parent's threads
@@ -198,6 +199,18 @@ def test_gradients_are_clipped(tmp_path):
         trainer.train_step()
         moments = [state["exp_avg"].flatten() for state in trainer.optimizer.state.values()]
         assert low < 10*torch.cat(moments).norm() < high
+
+
+def test_a_clock_that_is_set_back(tmp_path, monkeypatch, capsys):
+    "An hour at each look: durations, speeds and the lines of progress do not notice."
+    times = itertools.count(time.time(), -3600)
+    monkeypatch.setattr(time, "time", lambda: next(times))
+    records = list(print_progress(make_trainer(tmp_path, log_every=20).fit(), 60, every_s=0))
+    for record in records:
+        assert 0 < record["steps_per_s"] < 1e5
+        assert 0 <= record["eta_s"] < 3600
+    assert 0 < json.loads((tmp_path/"config.json").read_text())["train_seconds"] < 3600
+    assert capsys.readouterr().out.count("ETA") == 3
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
