@@ -38,7 +38,7 @@ lab: $(READY) ## open the book in JupyterLab
 
 test: $(READY) ## run every test of the book, then those of tests/; for pytest: args="-k rules"
 	OMP_NUM_THREADS=1 $(PYTHON_HERE) -c 'from nbdev.test import nbdev_test; nbdev_test()'
-	OMP_NUM_THREADS=1 $(PYTHON_HERE) -m pytest -n 2 --dist loadfile tests $(args)
+	OMP_NUM_THREADS=1 $(PYTHON_HERE) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests $(args)
 
 data: $(READY) ## download the Oxford-IIIT Pet pictures once, into data/
 	@$(PYTHON_HERE) -c 'from tinycats import load_pets; \

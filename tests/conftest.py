@@ -1,10 +1,21 @@
 """Whoever starts the tests in the background may have told them to ignore signals. The tests send some, so
-here the usual handlers return."""
+here the usual handlers return.
+
+A process whose autograd has started its threads cannot be forked. So files that fork come first, and then
+those that take longest."""
 import signal
 
 USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
          signal.SIGHUP: signal.SIG_DFL}
+FIRST = ["test_runs", "test_checkpoint", "test_cloud", "test_pages", "test_browser", "test_train"]
 
 for number, usual in USUAL.items():
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, usual)
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        return FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST)
+
+    items.sort(key=place)

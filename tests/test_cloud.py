@@ -22,6 +22,7 @@ from tinycats import cloud
 from tinycats.checkpoint import list_checkpoints
 from tinycats.data import BREEDS
 from tinycats.toy import toy_cats
+from tinycats.util import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(
@@ -295,19 +296,29 @@ def test_detach_of_modal_run_goes_before_the_module(tmp_path):
 
 
 def test_one_container_a_run(tmp_path):
-    "A lock with a recent heartbeat is another's: refused in one line, once; the owner's report stays."
+    "A lock whose heartbeats go on is another's: refused in one line, once; the owner's report stays."
     folder = volume(tmp_path)/"g"
     folder.mkdir(parents=True)
     (folder/"train.ipynb").write_text("the owner's report")
-    now = time.time()
-    lock = dict(host="tabby", pid=41, machine="another call", token="x", since=now - 100, time=now - 5)
-    (folder/".lock").write_text(json.dumps(lock))
-    summary, done = run_offline(tmp_path, MODAL_RUN, *flags(run="g", **TOY))
+    owner = dict(host="tabby", pid=41, machine="another call", token="x", since=time.time() - 100)
+    done = threading.Event()
+
+    def beat():
+        while not done.wait(.2):
+            atomic_write(folder/".lock", json.dumps(owner | dict(time=time.time())))
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        summary, finished = run_offline(tmp_path, MODAL_RUN, *flags(run="g", **TOY))
+    finally:
+        done.set()
+        thread.join()
     assert summary["exit"] == 1
     assert endings(summary) == ["success"]  # it returned, and so is not tried again
-    assert "is in use by process 41 on tabby" in done.stderr.strip().splitlines()[-1]
+    assert "is in use by process 41 on tabby" in finished.stderr.strip().splitlines()[-1]
     assert (folder/"train.ipynb").read_text() == "the owner's report"
-    assert json.loads((folder/".lock").read_text()) == lock
+    assert json.loads((folder/".lock").read_text())["token"] == "x"
     assert not (folder/"metrics.jsonl").exists()
 
 

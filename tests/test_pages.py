@@ -26,7 +26,8 @@ def project(tmp_path, monkeypatch):
     (tmp_path/"ready").touch()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.delenv("MAKEFLAGS", raising=False)
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # these tests may themselves be started by make
+        monkeypatch.delenv(name, raising=False)
     return tmp_path
 
 

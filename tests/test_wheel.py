@@ -49,7 +49,7 @@ def run(python, where, *args):
 
 
 def test_it_contains_what_papermill_runs(python, tmp_path):
-    code = "import tinycats.cloud as c\nprint(c.__file__)\nprint(c._resources())"
+    code = "import tinycats.cloud as c\nprint(c.__file__)\nprint(c.resources_folder())"
     done = run(python, tmp_path, "-c", code)
     assert done.returncode == 0, done.stderr
     module, resources = map(Path, done.stdout.strip().splitlines())

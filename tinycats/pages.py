@@ -79,6 +79,15 @@ def report_path(
     place = page if run is None else REPORTS.get(page, "{run}").format(run=run)
     return Path(outputs)/place/f"{page}.ipynb"
 
+# %% ../nbs/12_pages.ipynb #c10
+def _name_relative(page, source, target):
+    "Note files as seen from the project: whoever reads a published page need not know where it was made."
+    import nbformat
+    notebook = nbformat.read(page, as_version=4)
+    notebook.metadata.papermill["input_path"] = os.path.relpath(source, project_root())
+    notebook.metadata.papermill["output_path"] = os.path.relpath(target, project_root())
+    nbformat.write(notebook, page)
+
 def run_page(
     source:str|Path, # a notebook
     target:str|Path, # where the executed page goes; its folder is made
@@ -98,10 +107,11 @@ def run_page(
         if partial.exists():
             os.replace(partial, failed)
         raise
+    _name_relative(partial, source, target)
     os.replace(partial, target)
     failed.unlink(missing_ok=True)
 
-# %% ../nbs/12_pages.ipynb #c12
+# %% ../nbs/12_pages.ipynb #c13
 def resources_folder() -> Path:
     "The folder with settings.ini, constraints.txt and nbs/: in a clone, an installed wheel, or a container."
     package = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
@@ -118,13 +128,12 @@ def _find_page(name):
         raise ParameterError(f"{name!r}: there is no such page; {remedy}")
     return path
 
-def _pick_run(asked, single, base):
-    "The run: that of the command, which must agree with a single parameter; else that of a file, or None."
-    if asked is not None and single.get("run", asked) != asked:
-        raise ParameterError(f"run={asked!r} and -p run {single['run']}: name the run once")
-    return single.get("run", base.get("run")) if asked is None else asked
+def _check_run(run, single):
+    "The run that the command names must agree with a single parameter of that name."
+    if single.get("run", run) != run:
+        raise ParameterError(f"run={run!r} and -p run {single['run']}: name the run once")
 
-# %% ../nbs/12_pages.ipynb #c13
+# %% ../nbs/12_pages.ipynb #c14
 def plan_page(
     words:list, # a page, then parameters as papermill takes them
     run:str|None=None, # the name of the run; None: that of the parameters, or the page's default
@@ -136,8 +145,8 @@ def plan_page(
     declared = notebook_params(source)
     single, base = parse_papermill_args(words[1:])
     given = base | single
-    run = _pick_run(run, single, base)
     if run is not None:
+        _check_run(run, single)
         given["run"] = run
     values = check_params(given, declared)
     run = coerce(values["run"], RunName) if "run" in values else None
@@ -147,7 +156,7 @@ def plan_page(
                              f"make demo run={run}, or try run=toy")
     return source, report_path(outputs, source.stem, run), {name: values[name] for name in given}
 
-# %% ../nbs/12_pages.ipynb #c14
+# %% ../nbs/12_pages.ipynb #c15
 EXPECTED_ERRORS = ("ParameterError", "CheckpointError", "KeyboardInterrupt", "SystemExit") # said in one line
 
 def main(
