@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -22,7 +23,6 @@ from tinycats import cloud
 from tinycats.checkpoint import list_checkpoints
 from tinycats.data import BREEDS
 from tinycats.toy import toy_cats
-from tinycats.util import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(
@@ -295,31 +295,28 @@ def test_detach_of_modal_run_goes_before_the_module(tmp_path):
     assert "modal run --detach -m tinycats.cloud" in done.stderr.strip().splitlines()[-1]
 
 
-def test_one_container_a_run(tmp_path):
-    "A lock whose heartbeats go on is another's: refused in one line, once; the owner's report stays."
-    folder = volume(tmp_path)/"g"
+def test_one_container_a_run(tmp_path, monkeypatch):
+    "A lock whose heartbeats go on is another's: refused in one line, not tried again; the report stays."
+    folder = tmp_path/"outputs"/"g"
     folder.mkdir(parents=True)
+    (tmp_path/"settings.ini").touch()
     (folder/"train.ipynb").write_text("the owner's report")
-    owner = dict(host="tabby", pid=41, machine="another call", token="x", since=time.time() - 100)
-    done = threading.Event()
-
-    def beat():
-        while not done.wait(.2):
-            atomic_write(folder/".lock", json.dumps(owner | dict(time=time.time())))
-
-    thread = threading.Thread(target=beat)
-    thread.start()
-    try:
-        summary, finished = run_offline(tmp_path, MODAL_RUN, *flags(run="g", **TOY))
-    finally:
-        done.set()
-        thread.join()
-    assert summary["exit"] == 1
-    assert endings(summary) == ["success"]  # it returned, and so is not tried again
-    assert "is in use by process 41 on tabby" in finished.stderr.strip().splitlines()[-1]
-    assert (folder/"train.ipynb").read_text() == "the owner's report"
-    assert json.loads((folder/".lock").read_text())["token"] == "x"
-    assert not (folder/"metrics.jsonl").exists()
+    lock_file = folder/".lock"
+    owner = dict(host="tabby", pid=41, machine="another call", token="x", since=time.time() - 100, time=0)
+    lock_file.write_text(json.dumps(owner))
+    volume = Mock()
+    volume.reload = lambda: lock_file.write_text(json.dumps(owner | dict(time=time.time())))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cloud, "outputs_volume", volume)
+    monkeypatch.setattr(cloud.modal, "is_local", lambda: False)
+    for name in ("PYTHONPATH", "TINYCATS_VOLUME", "TINYCATS_OWNER"):
+        monkeypatch.setenv(name, "")
+    before = contents(folder)
+    done = cloud.train.local(TOY | dict(run="g"), "this call")
+    assert done["error"].startswith(f"CheckpointError: {folder} is in use by process 41 on tabby")
+    now = contents(folder)
+    assert json.loads(now.pop(lock_file))["token"] == "x"
+    assert now.items() == {path: content for path, content in before.items() if path != lock_file}.items()
 
 
 @pytest.mark.parametrize("command", [MODAL_RUN, PYTHON], ids=["modal", "python"])

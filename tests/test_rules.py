@@ -29,7 +29,7 @@ ARROWS = dict(
     trainer="util core params flow ema checkpoint",
     viz="util core flow", metrics="util core",
     runs="util core params data toy dit ema checkpoint metrics viz",
-    explorer="util core dit flow viz runs", pages="util params", cloud="util params pages")
+    explorer="util core dit flow viz runs", pages="util params", cloud="util params pages checkpoint")
 
 # What importing a module must not load.
 TOOLS = """nbdev fastcore execnb nbformat nbconvert nbclient jupyter_client jupyter_core jupyterlab

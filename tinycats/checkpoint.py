@@ -204,6 +204,13 @@ def _parse_owner(raw):
     return dict(pid="?", machine="", since=time.time(), time=time.time()) | valid
 
 # %% ../nbs/04_checkpoint.ipynb #c45
+def _in_use(folder, owner):
+    "The error for a second run."
+    since, seen = (max(0, time.time() - owner[name]) for name in ("since", "time"))
+    return CheckpointError(
+        f"{folder} is in use by process {owner['pid']} on {owner['host']}, begun {since:.0f} s ago, "
+        f"last seen {seen:.0f} s ago; stop it, or choose another run")
+
 class LockFile:
     "The file `.lock` of a run folder: who owns the folder, and a time that the owner renews."
     def __init__(self,
@@ -239,6 +246,18 @@ class LockFile:
             by = f"process {owner['pid']} on {owner['host']}" if owner else "another run"
             raise CheckpointError(f"{self.folder} was taken over by {by}; this run must stop")
 
+    def refuse_if_alive(self, owner, timeout_s, refresh=None):
+        "A CheckpointError if the file changes within `timeout_s`; clocks are not compared: they may differ."
+        log.warning("%(folder)s was last used by process %(pid)s on %(host)s: watching for %(timeout)g s "
+                    "whether that is alive", owner | dict(folder=self.folder, timeout=timeout_s))
+        before, end = _read_lock_file(self.path), time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            time.sleep(timeout_s/20)
+            if refresh: # of a volume that shows the changes of others only when asked
+                refresh()
+            if _read_lock_file(self.path) != before:
+                raise _in_use(self.folder, self.owner() or owner)
+
     def _restore(self):
         "Somebody removed the lock file: make it anew, unless another run is quicker."
         try:
@@ -258,13 +277,6 @@ class LockFile:
         self.write()
 
 # %% ../nbs/04_checkpoint.ipynb #c46
-def _in_use(folder, owner):
-    "The error for a second run."
-    since, seen = (max(0, time.time() - owner[name]) for name in ("since", "time"))
-    return CheckpointError(
-        f"{folder} is in use by process {owner['pid']} on {owner['host']}, begun {since:.0f} s ago, "
-        f"last seen {seen:.0f} s ago; stop it, or choose another run")
-
 def _cannot_use(error):
     "The error for a folder that cannot be written to."
     remedy = "move it away"
@@ -300,21 +312,9 @@ class RunLock(LockFile):
             raise _in_use(self.folder, owner or unknown)
         ours = owner.get("machine") == self.me["machine"]
         if owner and not (ours and (locked or "TINYCATS_OWNER" in os.environ)):
-            if self._sees_heartbeat(owner):
-                raise _in_use(self.folder, self.owner() or owner)
+            self.refuse_if_alive(owner, self.timeout_s)
         self.write()
         self.heartbeat()
-
-    def _sees_heartbeat(self, owner):
-        "Whether the lock file changes within `timeout_s`; clocks are not compared, they may disagree."
-        log.warning("%(folder)s was last used by process %(pid)s on %(host)s: watching for %(timeout)g s "
-                    "whether that is alive", owner | dict(folder=self.folder, timeout=self.timeout_s))
-        before, end = _read_lock_file(self.path), time.monotonic() + self.timeout_s
-        while time.monotonic() < end:
-            time.sleep(min(1, self.timeout_s/20))
-            if _read_lock_file(self.path) != before:
-                return True
-        return False
 
     def __enter__(self):
         try:

@@ -278,6 +278,22 @@ def _periodic_commits(volume, every_s=15):
         volume.commit()
 
 # %% ../nbs/09_cloud.ipynb #c40
+def _refuse_if_owned(folder, refresh, timeout_s=60):
+    "The line of the error if another call's run in `folder` is alive; a lock without heartbeats is emptied."
+    if not (folder/".lock").exists():
+        return None
+    from tinycats.checkpoint import CheckpointError, LockFile # imports torch
+    lock = LockFile(folder)
+    owner = lock.owner()
+    if owner and owner["machine"] != lock.me["machine"]:
+        try:
+            lock.refuse_if_alive(owner, timeout_s, refresh)
+        except CheckpointError as e:
+            return f"CheckpointError: {e}"
+        lock.path.write_bytes(b"")
+    return None
+
+# %% ../nbs/09_cloud.ipynb #c43
 def _read_config(folder):
     "A run's config.json; {} if there is none that can be read."
     try:
@@ -293,7 +309,7 @@ def _is_complete(folder, params):
     finished = config.get("step") == params["steps"] and "wall_seconds" in config
     return same and finished and (folder/"ema.safetensors").exists()
 
-# %% ../nbs/09_cloud.ipynb #c43
+# %% ../nbs/09_cloud.ipynb #c46
 def _terminate_kernels(done):
     "Send SIGTERM, once each, to the kernels that this process has started, until `done` is set."
     import psutil
@@ -320,7 +336,7 @@ def graceful_interrupt():
     finally:
         done.set()
 
-# %% ../nbs/09_cloud.ipynb #c46
+# %% ../nbs/09_cloud.ipynb #c49
 NON_RETRYABLE = ("ParameterError", "ValueError", "FileNotFoundError", "FileExistsError", "CheckpointError")
 
 def _execute(source, target, params):
@@ -347,7 +363,7 @@ def _run_notebook(source, target, params):
         raise RuntimeError(line)
     return line
 
-# %% ../nbs/09_cloud.ipynb #c51
+# %% ../nbs/09_cloud.ipynb #c54
 def _set_up_container(call, needs_pets):
     "In a container: the environment of the kernel, and the data on the local disk."
     package = str(Path(__file__).resolve().parents[1])
@@ -358,7 +374,7 @@ def _set_up_container(call, needs_pets):
     if needs_pets:
         _unpack_data()
 
-# %% ../nbs/09_cloud.ipynb #c52
+# %% ../nbs/09_cloud.ipynb #c55
 def _run(notebook, params, call):
     "What `train` and `evaluate` do, in their container or here."
     remote = not modal.is_local()
@@ -373,6 +389,8 @@ def _run(notebook, params, call):
     if remote:
         data = values.get("data") or _read_config(folder).get("data")
         _set_up_container(call, data in ("pets", "heads"))
+    if remote and notebook == "train" and (error := _refuse_if_owned(folder, outputs_volume.reload)):
+        return dict(run=values["run"], error=error, step=None)
     with _periodic_commits(outputs_volume if remote else None):
         error = _run_notebook(_notebook(notebook), report, params)
     return dict(run=values["run"], error=error, step=_read_config(folder).get("step"))
@@ -393,7 +411,7 @@ def evaluate(
     "Run evaluate.ipynb on a run that is in the volume."
     return _run("evaluate", params, call)
 
-# %% ../nbs/09_cloud.ipynb #c54
+# %% ../nbs/09_cloud.ipynb #c57
 DOWNLOAD = """import sys
 from tinycats.data import load_pets
 for split in ("trainval", "test"):
@@ -413,7 +431,7 @@ def _unpack_data():
     if (store/"prepared").exists():
         shutil.copytree(store/"prepared", base/"prepared", dirs_exist_ok=True)
 
-# %% ../nbs/09_cloud.ipynb #c55
+# %% ../nbs/09_cloud.ipynb #c58
 @app.function(**_CONTAINER | dict(timeout=2*3600))
 def prepare(
     size:int, # side of the images in pixels
@@ -437,7 +455,7 @@ def prepare(
     if not modal.is_local():
         data_volume.commit()
 
-# %% ../nbs/09_cloud.ipynb #c57
+# %% ../nbs/09_cloud.ipynb #c60
 def refuse_overwrite(
     run:str, # the name of a run
 ):
@@ -457,7 +475,7 @@ def _list_run(run):
             f"run={run!r}: there is no such run in the volume {OUTPUTS_VOLUME}; "
             f"`modal volume ls {OUTPUTS_VOLUME}` lists them") from None
 
-# %% ../nbs/09_cloud.ipynb #c58
+# %% ../nbs/09_cloud.ipynb #c61
 def _is_wanted(entry, checkpoints):
     "Whether an entry of a volume is a file to download."
     is_file = entry.type == modal.volume.FileEntryType.FILE
@@ -484,7 +502,7 @@ def _download(entry, target):
     os.utime(part, (entry.mtime, entry.mtime))
     os.replace(part, target)
 
-# %% ../nbs/09_cloud.ipynb #c59
+# %% ../nbs/09_cloud.ipynb #c62
 def pull(
     run:str, # the name of a run in the cloud
     checkpoints:bool=False, # download these too
@@ -501,7 +519,7 @@ def pull(
     (home/run/".cloud").touch()
     return home/run
 
-# %% ../nbs/09_cloud.ipynb #c62
+# %% ../nbs/09_cloud.ipynb #c65
 def _check_outputs(plan):
     "Refuse what would overwrite a run of this computer."
     for given in plan.sets:
@@ -527,7 +545,7 @@ def _bring_home(run, result):
     print(f"{run}: {outcome} {folder}", flush=True)
     return error
 
-# %% ../nbs/09_cloud.ipynb #c63
+# %% ../nbs/09_cloud.ipynb #c66
 def _submit(plan, detach):
     "Inside the running app: start the containers; unless detached, wait and download."
     runs = [given["run"] for given in plan.sets]
@@ -547,7 +565,7 @@ def _submit(plan, detach):
     if failed:
         raise RuntimeError("; ".join(failed))
 
-# %% ../nbs/09_cloud.ipynb #c65
+# %% ../nbs/09_cloud.ipynb #c68
 @contextmanager
 def _one_line_errors():
     "Inside, an expected error, or Ctrl-C, ends the program with one line."
@@ -582,7 +600,7 @@ def main(*words:str):
         print(*_describe_estimate(plan), sep="\n", flush=True)
         _submit(plan, bool(context and context.obj and context.obj.get("detach")))
 
-# %% ../nbs/09_cloud.ipynb #c66
+# %% ../nbs/09_cloud.ipynb #c69
 def _pull_cli(words):
     parser = _Parser(prog="python -m tinycats.cloud pull", add_help=False)
     parser.add_argument("run")
