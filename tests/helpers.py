@@ -3,11 +3,16 @@ from pathlib import Path
 
 import pytest
 
+SHARED = Path(__file__).resolve().parents[2]/"shared"
+
+
+def has_shared(name):
+    return (SHARED/name).exists()
+
 
 def shared(name):
     """The path of `name` in the folder `shared` beside the checkout; where it is absent the test is skipped
     by name."""
-    path = Path(__file__).resolve().parents[2]/"shared"/name
-    if not path.exists():
+    if not has_shared(name):
         pytest.skip(f"shared/{name} is not beside this checkout")
-    return path
+    return SHARED/name

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from helpers import shared
+from helpers import has_shared, shared
 from tinycats import cloud
 from tinycats.checkpoint import list_checkpoints
 from tinycats.data import BREEDS
@@ -48,11 +48,14 @@ def environment(**more):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MODAL_", "TINYCATS_"))}
     return kept | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1") | more
 
+CONTROL_PLANE = "modal/modal_offline.py"
+HAS_CONTAINERS = sys.platform.startswith("linux") and os.geteuid() == 0 and has_shared(CONTROL_PLANE)
+
 
 def run_offline(there, command, *words, faults=()):
     "A command against a stand-in for Modal's servers; the committed volumes outlive it, in there/state."
-    script = shared("modal/modal_offline.py")
-    if not sys.platform.startswith("linux") or os.geteuid():
+    script = shared(CONTROL_PLANE)
+    if not HAS_CONTAINERS:
         pytest.skip("modal_offline.py needs Linux and root")
     (there/"home").mkdir(exist_ok=True)
     (there/"home"/"settings.ini").touch()
@@ -398,7 +401,10 @@ def attempt(committed, number, until, stop, data_root):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="signals as on Linux and macOS")
 def test_killed_and_interrupted_only_what_was_committed_survives(committed, pets, undisturbed):
-    "The kernel commits into a folder, which is all that each next attempt, in a fresh place, begins with."
+    """The kernel commits into a folder, which is all that each next attempt, in a fresh place, begins with.
+    Where containers can be had, the tests above do the same to them."""
+    if HAS_CONTAINERS:
+        pytest.skip("tried in containers")
     data_root = str(pets.parent)
     _, end = attempt(committed, 1, 40, signal.SIGKILL, data_root=data_root)
     assert end["code"] == -9

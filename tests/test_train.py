@@ -5,10 +5,12 @@ from pathlib import Path
 import nbformat, pytest, tinycats, torch
 from helpers import shared
 from PIL import Image
+from test_evaluate import cells
 from tinycats.checkpoint import list_checkpoints, load_checkpoint
 from tinycats.data import BREEDS
 from tinycats.dit import load_model
 from tinycats.flow import sample
+from tinycats.params import ParameterError
 from tinycats.trainer import run_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,10 +28,6 @@ def papermill(root, *args, **params):
     for name, value in params.items():
         command += ["-p", name, str(value)]
     return subprocess.run(command, cwd=root, capture_output=True, text=True)
-
-
-def last_line(done):
-    return done.stderr.strip().splitlines()[-1]
 
 
 def read_lines(path):
@@ -100,19 +98,25 @@ def test_the_report_shows_pictures(complete):
     assert report.stat().st_size < 2e6
 
 
-def test_a_complete_run_is_not_trained_again(complete):
+def test_a_complete_run_is_not_trained_again(complete, monkeypatch, capsys):
     root, _ = complete
-    again = papermill(root, run="a", ema_decay="[0.5, 0.9]", **TINY)
-    assert again.returncode == 0
-    assert "steps/s" not in again.stdout
+    monkeypatch.chdir(root)
+    cells("train", run="a", ema_decay=[.5, .9], **TINY)
+    assert "steps/s" not in capsys.readouterr().out
     assert len(read_lines(root/"outputs/a/metrics.jsonl")) == 4
 
 
-def test_other_settings_do_not_continue_a_run(complete):
-    longer = papermill(complete[0], run="a", ema_decay="[0.5, 0.9]", **TINY | dict(steps=30))
-    assert longer.returncode != 0
-    assert "steps" in last_line(longer)
-    assert "30" in last_line(longer)
+def test_other_settings_do_not_continue_a_run(complete, monkeypatch):
+    monkeypatch.chdir(complete[0])
+    with pytest.raises(ValueError, match="steps is 30, but the run in .* began with 20"):
+        cells("train", run="a", ema_decay=[.5, .9], **TINY | dict(steps=30))
+
+
+def test_refused_by_papermill(tmp_path):
+    done = papermill(tmp_path, **TINY, run="b", stepz=3)
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith("ParameterError: stepz=3: there is no parameter")
+    assert not (tmp_path/"outputs/b/metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("params, words", [
@@ -125,11 +129,14 @@ def test_other_settings_do_not_continue_a_run(complete):
     (dict(device="mps" if torch.cuda.is_available() else "cuda"), ("device=", "choose auto or cpu")),
     (dict(resume="none.pt"), ("none.pt'", "no such file")),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
-def test_refused_before_the_first_step(tmp_path, params, words):
-    done = papermill(tmp_path, **TINY | dict(run="b") | params)
-    assert done.returncode != 0
-    assert last_line(done).startswith("ParameterError: ")
-    assert not [word for word in words if word not in last_line(done)], last_line(done)
+def test_refused_before_the_first_step(tmp_path, monkeypatch, params, words):
+    (tmp_path/"settings.ini").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ParameterError) as e:
+        cells("train", **TINY | dict(run="b") | params)
+    message = str(e.value)
+    assert not [word for word in words if word not in message], message
+    assert "\n" not in message
     assert not (tmp_path/"outputs/b/metrics.jsonl").exists()
 
 
@@ -191,17 +198,17 @@ def test_the_revision_is_that_of_the_code(tmp_path, monkeypatch):
     assert revision() == f"{head}+changes"
 
 
-def test_data_settings_are_part_of_the_fingerprint(tmp_path):
+def test_data_settings_are_part_of_the_fingerprint(tmp_path, monkeypatch):
     "Augmentation, balance and times reach the trainer; a run with others does not continue this one."
     settings = dict(augment_prob=.5, balance_from_step=5, time_mean=.5, time_std=1.2)
-    done = papermill(tmp_path, run="a", **TINY, **settings)
-    assert done.returncode == 0, done.stderr
+    (tmp_path/"settings.ini").touch()
+    monkeypatch.chdir(tmp_path)
+    cells("train", run="a", **TINY, **settings)
     _, state = load_checkpoint(list_checkpoints(tmp_path/"outputs/a/checkpoints")[20])
     expected = settings | dict(augment_dim=5, time_sampling="logit_normal")
     assert {name: state["fingerprint"][name] for name in expected} == expected
     model = load_model(tmp_path/"outputs/a")
     assert model.augment_embedder.weight.abs().max() > 0
     assert sample(model, torch.arange(2), num_steps=2).shape == (2, 3, 16, 16)
-    done = papermill(tmp_path, run="a", **TINY, **settings | dict(augment_prob=.4))
-    assert done.returncode != 0
-    assert "ValueError: augment_prob" in last_line(done)
+    with pytest.raises(ValueError, match="augment_prob is 0.4, but the run in .* began with 0.5"):
+        cells("train", run="a", **TINY, **settings | dict(augment_prob=.4))

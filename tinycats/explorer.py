@@ -48,7 +48,7 @@ DRAFT_STEPS = 6
 
 def count_evaluations(
     num_steps:int, # steps of the solver
-    solver:str, # "euler" or "heun"
+    solver:str, # "euler", "heun" or "ab2"
 ) -> int: # function evaluations
     "How often one sampling evaluates the network; Heun's last step is an Euler step."
     return 2*num_steps - 1 if solver == "heun" else num_steps
@@ -200,7 +200,7 @@ def make_controls(
         num_steps=w.IntSlider(description="steps", value=50, min=1, max=100,
                               tooltip="steps from noise to image", **wide),
         solver=w.Dropdown(description="solver", options=list(SOLVERS),
-                          tooltip="heun evaluates the network twice a step", **wide),
+                          tooltip="heun: two evaluations a step; ab2: fewest steps", **wide),
         seed=w.BoundedIntText(description="seed", value=0, min=0, max=2**32 - 1,
                               tooltip="of the noise: another seed, another cat", **wide),
         n=w.IntSlider(description="images", value=8, min=1, max=16, tooltip="how many images", **wide))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOLVERS', 'interpolate', 'x_to_velocity', 'flow_loss', 'uniform_times', 'logit_normal_times', 'drop_labels',
-           'apply_cfg', 'cfg_forward', 'euler_step', 'heun_step', 'ode_steps', 'seeded_noise', 'class_indices',
-           'sample', 'rank_bound']
+           'apply_cfg', 'cfg_forward', 'euler_step', 'heun_step', 'ab2_step', 'ode_steps', 'seeded_noise',
+           'class_indices', 'sample', 'rank_bound']
 
 # %% ../nbs/02_flow.ipynb #c02
 from functools import partial
@@ -102,17 +102,24 @@ def cfg_forward(
     return apply_cfg(null, cond, cfg_scale)
 
 # %% ../nbs/02_flow.ipynb #c39
-def euler_step(velocity, x, t, t_next):
+def euler_step(velocity, x, t, t_next, previous=None):
     "One evaluation: follow the velocity at the start of the step. First order."
-    return x + (t_next - t)*velocity(x, t)
+    v = velocity(x, t)
+    return x + (t_next - t)*v, v
 
-def heun_step(velocity, x, t, t_next):
+def heun_step(velocity, x, t, t_next, previous=None):
     "Two evaluations: follow the mean velocity of the start and the end of Euler's step. Second order."
     v = velocity(x, t)
-    v = (v + velocity(x + (t_next - t)*v, t_next))/2
-    return x + (t_next - t)*v
+    mean = (v + velocity(x + (t_next - t)*v, t_next))/2
+    return x + (t_next - t)*mean, v
 
-SOLVERS = dict(euler=euler_step, heun=heun_step)
+def ab2_step(velocity, x, t, t_next, previous=None):
+    "One evaluation: extrapolate the velocity from the one an equal step before, `previous`. Second order."
+    v = velocity(x, t)
+    middle = v if previous is None else v + (v - previous)/2
+    return x + (t_next - t)*middle, v
+
+SOLVERS = dict(euler=euler_step, heun=heun_step, ab2=ab2_step)
 
 # %% ../nbs/02_flow.ipynb #c41
 @torch.no_grad()
@@ -130,10 +137,10 @@ def ode_steps(
     def velocity(x, t):
         return x_to_velocity(predict(x, t), x, torch.full((1,), t, device=x.device))
 
-    x = x0
+    x, v = x0, None
     for i in range(num_steps - 1):
         yield x
-        x = SOLVERS[solver](velocity, x, i/num_steps, (i + 1)/num_steps)
+        x, v = SOLVERS[solver](velocity, x, i/num_steps, (i + 1)/num_steps, previous=v)
     yield x
     yield predict(x, 1 - 1/num_steps)
 
@@ -174,7 +181,7 @@ def sample(
     num_steps:int=50, # steps from noise to image
     cfg_scale:float=1.5, # guidance scale; 1 is none
     cfg_interval:tuple=(0., 1.), # the first and the last time with guidance
-    solver:str="euler", # "euler", or "heun": two evaluations a step
+    solver:str="euler", # "euler", "ab2", or "heun": two evaluations a step
     seed:int=0, # of the noise; the same on every device
     x0:Tensor|None=None, # (n, 3, h, w) noise to start from, instead of `seed`
     null_class:int|None=None, # None: `model.num_classes`; not needed where `cfg_scale` is 1

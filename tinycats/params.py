@@ -60,7 +60,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DataName = Literal["toy", "pets", "heads"]
 Prediction = Literal["clean", "velocity"]
 TimeSampling = Literal["logit_normal", "uniform"]
-Solver = Literal["euler", "heun"]
+Solver = Literal["euler", "heun", "ab2"]
 
 # %% ../nbs/10_params.ipynb #c10
 def _fits_file_system(name):
