@@ -144,7 +144,7 @@ def test_real_cats_at_full_size(tmp_path):
     "The full recipe, cut short."
     pets = shared("oxford-iiit-pet")
     params = dict(run="try", data_root=pets.parent, steps=2, batch_size=8, warmup_steps=1, samples=1,
-                  num_steps=4)
+                  num_steps=2)
     done = papermill(tmp_path, "-f", str(ROOT/"nbs/params/full.yaml"), **params)
     assert done.returncode == 0, done.stderr
     run = tmp_path/"outputs/try"
