@@ -278,8 +278,8 @@ def _periodic_commits(volume, every_s=15):
         volume.commit()
 
 # %% ../nbs/09_cloud.ipynb #c40
-def _refuse_if_owned(folder, refresh, timeout_s=60):
-    "The line of the error if another call's run in `folder` is alive; a lock without heartbeats is emptied."
+def _error_if_in_use(folder, refresh, timeout_s=60):
+    "The error, in one line, if another call's run in `folder` is alive; else None, and its lock is emptied."
     if not (folder/".lock").exists():
         return None
     from tinycats.checkpoint import CheckpointError, LockFile # imports torch
@@ -389,7 +389,7 @@ def _run(notebook, params, call):
     if remote:
         data = values.get("data") or _read_config(folder).get("data")
         _set_up_container(call, data in ("pets", "heads"))
-    if remote and notebook == "train" and (error := _refuse_if_owned(folder, outputs_volume.reload)):
+    if remote and notebook == "train" and (error := _error_if_in_use(folder, outputs_volume.reload)):
         return dict(run=values["run"], error=error, step=None)
     with _periodic_commits(outputs_volume if remote else None):
         error = _run_notebook(_notebook(notebook), report, params)

@@ -200,7 +200,7 @@ def make_controls(
         num_steps=w.IntSlider(description="steps", value=50, min=1, max=100,
                               tooltip="steps from noise to image", **wide),
         solver=w.Dropdown(description="solver", options=list(SOLVERS),
-                          tooltip="heun: two evaluations a step; ab2: fewest steps", **wide),
+                          tooltip="heun: two evaluations a step; ab2: one, like euler", **wide),
         seed=w.BoundedIntText(description="seed", value=0, min=0, max=2**32 - 1,
                               tooltip="of the noise: another seed, another cat", **wide),
         n=w.IntSlider(description="images", value=8, min=1, max=16, tooltip="how many images", **wide))

@@ -281,7 +281,7 @@ class AsyncCheckpointer:
         if pending and (pending.result() if last else self.guard(pending.result)):
             self.guard.warned = False
 
-# %% ../nbs/05_trainer.ipynb #c40
+# %% ../nbs/05_trainer.ipynb #c42
 class RunningMeans:
     "Sums over steps, kept on the device: loss and gradient norm, and the loss by tenths of the time t."
     def __init__(self,
@@ -312,7 +312,7 @@ class RunningMeans:
 def _mean(total, n):
     return round(total/n, 6) if n else None
 
-# %% ../nbs/05_trainer.ipynb #c43
+# %% ../nbs/05_trainer.ipynb #c45
 class RunRecords:
     "The file metrics.jsonl of a run, and the clock behind its speeds."
     def __init__(self,
@@ -376,7 +376,7 @@ def _parse_records(path):
             found.append((record["step"], line))
     return found
 
-# %% ../nbs/05_trainer.ipynb #c46
+# %% ../nbs/05_trainer.ipynb #c48
 def _fingerprint(config, model, data):
     "The settings that shape the course of a run: of the training, the data and the network."
     data_settings = dict(num_images=len(data), classes=list(data.classes),
@@ -392,7 +392,7 @@ def _is_same(name, a, b):
         return len(a) == len(b) and all(abs(x - y) <= 1 for x, y in zip(a, b))
     return a == b
 
-# %% ../nbs/05_trainer.ipynb #c47
+# %% ../nbs/05_trainer.ipynb #c49
 def _check_fingerprint(saved, trainer):
     "Refuse to resume with other settings than a run began with."
     current, allow_changes, folder = trainer.fingerprint, trainer.config.allow_changes, trainer.folder
@@ -413,7 +413,7 @@ def _check_fingerprint(saved, trainer):
             remedies.append(f"name {name} in allow_changes")
         raise ValueError(f"{found}: {', '.join(remedies[:-1])} or {remedies[-1]}")
 
-# %% ../nbs/05_trainer.ipynb #c49
+# %% ../nbs/05_trainer.ipynb #c51
 def _shorten_warmup(config):
     "The settings with a warm-up that ends within the run."
     if config.warmup_steps < config.steps:
@@ -429,7 +429,7 @@ def _time_sampler(config):
         return uniform_times
     return partial(logit_normal_times, mean=config.time_mean, std=config.time_std)
 
-# %% ../nbs/05_trainer.ipynb #c50
+# %% ../nbs/05_trainer.ipynb #c52
 MAX_WEIGHT = 1e4 # larger ones mean that the training has failed
 
 def _largest(tensors):
@@ -456,13 +456,13 @@ def _check_finite(state):
             f"no finite gradient in {bad_steps} steps up to {state.step}, lr {lr:.3g}: "
             "these steps have changed nothing; try a lower lr or precision fp32")
 
-# %% ../nbs/05_trainer.ipynb #c51
+# %% ../nbs/05_trainer.ipynb #c53
 def _check_num_classes(model, data):
     if model.num_classes != data.num_classes:
         raise ValueError(f"the model has {model.num_classes} classes and the data {data.num_classes}: "
                          f"build the model with num_classes={data.num_classes}")
 
-# %% ../nbs/05_trainer.ipynb #c52
+# %% ../nbs/05_trainer.ipynb #c54
 def _compiled(loss_fn, setting, device):
     "The loss, compiled if the settings ask for it; a ValueError where that cannot work."
     missing = _missing_for_compile(device) if setting else []
@@ -565,7 +565,7 @@ class TrainState:
         if state["micro_batch_setting"] == self.config.micro_batch: # a new setting is tried afresh
             self.micro_batch = state["micro_batch"]
 
-# %% ../nbs/05_trainer.ipynb #c56
+# %% ../nbs/05_trainer.ipynb #c58
 def _check_folder(folder):
     "A CheckpointError for a folder in which no run can begin or go on without a loss."
     checkpoints = folder/"checkpoints"
@@ -589,7 +589,7 @@ def _find_checkpoint(resume, folder):
                               "choose another run name, or resume 'auto'")
     return found if found or resume in ("auto", "never") else load_checkpoint(resume)
 
-# %% ../nbs/05_trainer.ipynb #c57
+# %% ../nbs/05_trainer.ipynb #c59
 def _restore(trainer, step, state):
     "Be where a checkpoint was; errors in one line if it is of another run, or of none."
     needed = [*trainer.state_dict(), "train_seconds"]
@@ -618,7 +618,7 @@ def _resume(trainer):
     elif found: # begun from another run's checkpoint: from now on the folder has its own
         trainer.finish()
 
-# %% ../nbs/05_trainer.ipynb #c58
+# %% ../nbs/05_trainer.ipynb #c60
 def _draw_samples(trainer):
     "Call `on_sample`; a stop signal ends it, and should it fail, the training before it is saved."
     trainer.check_lock()
@@ -633,7 +633,7 @@ def _draw_samples(trainer):
         trainer.finish()
         raise
 
-# %% ../nbs/05_trainer.ipynb #c59
+# %% ../nbs/05_trainer.ipynb #c61
 @contextlib.contextmanager
 def _save_at_end(trainer):
     "Save when the loop inside ends or its caller leaves it; note in config.json how far the run has come."
@@ -670,7 +670,7 @@ def _raise_if_stopped(trainer):
     log.warning(message)
     raise KeyboardInterrupt(message) if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
 
-# %% ../nbs/05_trainer.ipynb #c60
+# %% ../nbs/05_trainer.ipynb #c62
 class Trainer(TrainState):
     "Train a flow-matching model in a run folder; `fit()` yields a record every `log_every` steps."
     def __init__(self,
@@ -762,7 +762,7 @@ class Trainer(TrainState):
         content = json.dumps(settings | run_metadata(self.model) | progress, indent=1)
         atomic_write(self.folder/"config.json", content + "\n")
 
-# %% ../nbs/05_trainer.ipynb #c97
+# %% ../nbs/05_trainer.ipynb #c99
 def print_progress(
     records, # from `Trainer.fit`
     steps:int, # length of the run
