@@ -19,7 +19,7 @@ CHECK    := import sys; found = "%d.%d" % sys.version_info[:2]; \
             found in sys.argv[1:] or sys.exit("This is Python %s, and tinycats runs on %s. Name one of them: \
             make PYTHON=python%s ..." % (found, " ".join(sys.argv[1:]), sys.argv[len(sys.argv)//2]))
 
-.PHONY: help demo evaluate explore lab test data pull bench
+.PHONY: help demo evaluate explore page lab test data pull bench
 
 help: ## list the targets (this list)
 	@awk -F':.*## ' '/^[a-z]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,9 @@ evaluate: $(READY) ## generate with a run and score it: run=toy args="-p cfg_sca
 
 explore: $(READY) ## open the explorer alone, without code, in the browser
 	@$(PYTHON_HERE) -m voila nbs/explore.ipynb --Voila.tornado_settings="{'allow_remote_access': False}" $(args)
+
+page: $(READY) ## write a web page that draws in the browser: run=toy; other weights: args="--weights int8"
+	@$(PYTHON_HERE) -m tinycats.export "$${TINYCATS_RUN-demo}" $$TINYCATS_ARGS
 
 lab: $(READY) ## open the book in JupyterLab
 	@$(PYTHON_HERE) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(args)

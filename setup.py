@@ -12,7 +12,8 @@ settings = ini["DEFAULT"]
 
 
 class BuildWithResources(build_py):
-    "A wheel contains what tinycats.cloud sends to a container: notebooks, parameter files, pinned versions."
+    """A wheel contains what tinycats.cloud sends to a container (notebooks, parameter files, pinned versions)
+    and what tinycats.export copies (the page for the browser)."""
 
     def run(self):
         super().run()
@@ -21,7 +22,8 @@ class BuildWithResources(build_py):
         target = Path(self.build_lib)/settings["lib_name"]/"resources"
         notebooks = [f"nbs/{name}.ipynb" for name in ("train", "evaluate", "sweep")]
         params = [path.relative_to(ROOT) for path in ROOT.glob("nbs/params/*.yaml")]
-        for name in ("settings.ini", "constraints.txt", *notebooks, *params):
+        page = [path.relative_to(ROOT) for path in ROOT.glob("nbs/page/**/*") if path.is_file()]
+        for name in ("settings.ini", "constraints.txt", *notebooks, *params, *page):
             (target/name).parent.mkdir(parents=True, exist_ok=True)
             self.copy_file(ROOT/name, target/name)
 

@@ -29,7 +29,8 @@ ARROWS = dict(
     trainer="util core params flow ema checkpoint",
     viz="util core flow", metrics="util core",
     runs="util core params data toy dit ema checkpoint metrics viz",
-    explorer="util core dit flow viz runs", pages="util params", cloud="util params pages checkpoint")
+    explorer="util core dit flow viz runs", pages="util params",
+    export="util params flow runs pages", cloud="util params pages checkpoint")
 
 # What importing a module must not load.
 TOOLS = """nbdev fastcore execnb nbformat nbconvert nbclient jupyter_client jupyter_core jupyterlab
@@ -42,6 +43,7 @@ for name in ("util", "params", "pages"):
     UNWANTED[name] += [*DISPLAY, "torch", "numpy"]
 UNWANTED["cloud"] = [*TOOLS, *DISPLAY, "torch", "numpy"]
 
+BINARY = (".png", ".safetensors", ".wasm")
 MAX_COLUMNS = 110
 MAX_CELL = 40
 MAX_CLASS = 100
@@ -409,7 +411,7 @@ def test_no_place_is_named():
     machines = ["/" + f + "/" for f in ("root", "home", "work", "Users", "opt")] + ["/tmp" + "/book"]
     found = []
     for path in tracked_files():
-        if path.suffix in (".png", ".safetensors"):
+        if path.suffix in BINARY or "vendor" in path.parts:
             continue
         text = path.read_bytes().decode("utf-8", errors="ignore")
         wanted = registries + machines + ([] if path.name == "helpers.py" else ["../" + "shared"])
@@ -423,7 +425,7 @@ def test_no_file_is_orphaned():
     "Every parameter file, picture and script is referred to somewhere."
     texts = {}
     for path in tracked_files():
-        if path.suffix not in (".png", ".safetensors"):
+        if path.suffix not in BINARY:
             texts[path] = path.read_text(encoding="utf-8", errors="ignore")
     for path in tracked_files():
         if path.parent not in (ROOT/"nbs"/"params", ROOT/"nbs"/"images", ROOT/"tests"):

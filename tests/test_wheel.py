@@ -59,6 +59,9 @@ def test_it_contains_what_papermill_runs(python, tmp_path):
     assert names >= {"settings.ini", "constraints.txt", "nbs/params/full.yaml"}
     assert names >= {f"nbs/params/{path.name}" for path in ROOT.glob("nbs/params/*.yaml")}
     assert names >= {"nbs/train.ipynb", "nbs/evaluate.ipynb", "nbs/sweep.ipynb"}
+    page = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("nbs/page/**/*") if p.is_file()}
+    assert "nbs/page/vendor/ort-wasm-simd-threaded.wasm" in page
+    assert names >= page
     assert not [name for name in names if name.startswith("nbs/0")]
     assert (resources/"nbs"/"train.ipynb").read_bytes() == (ROOT/"nbs"/"train.ipynb").read_bytes()
 
