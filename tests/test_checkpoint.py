@@ -440,7 +440,9 @@ def test_removed_lock_file(tmp_path):
 def test_what_is_no_file_is_refused(tmp_path, make):
     "As a lock file and as a checkpoint; nothing waits for a pipe and nothing is written through a link."
     make(tmp_path/".lock")
+    before = psutil.Process().num_fds()
     assert ".lock is no regular file: remove it" in refusal(tmp_path)
+    assert psutil.Process().num_fds() == before
     (tmp_path/"checkpoints").mkdir()
     make(tmp_path/"checkpoints/step_0000009.pt")
     with pytest.raises(CheckpointError, match="step_0000009.pt"):

@@ -115,17 +115,21 @@ def test_settings(project, extractor, monkeypatch):
     assert page["main"] == "ema 0.5"
     assert list(kept) == [
         "ema 0.5, 2, 1.5, euler", "ema 0.5, 4, 1.5, euler", "ema 0.5, 1, 1.5, heun", "ema 0.5, 2, 1.5, heun",
-        "ema 0.5, 2, 1.5, ab2", "ema 0.5, 4, 1.5, ab2",
-        "ema 0.5, 2, 1.0, euler", "ema 0.5, 2, 3.0, euler", "ema 0.75, 2, 1.5, euler", "raw, 2, 1.5, euler"]
-    assert kept["ema 0.5, 2, 1.5, ab2"]["fd"] == kept["ema 0.5, 2, 1.5, euler"]["fd"]  # both are Euler's step
-    assert len({found["fd"] for found in kept.values()}) == 9
+        "ema 0.5, 2, 1.5, dpm++2m", "ema 0.5, 4, 1.5, dpm++2m", "ema 0.5, 2, 1.5, ab2", "ema 0.5, 4, 1.5, ab2",
+        "ema 0.5, 2, 1.0, ab2", "ema 0.5, 2, 3.0, ab2", "ema 0.5, 2, 1.5, ab2, [0.0, 0.6]",
+        "ema 0.5, 2, 1.5, ab2, [0.1, 1.0]", "ema 0.75, 2, 1.5, ab2", "raw, 2, 1.5, ab2"]
+    for solver in ("dpm++2m", "ab2"):  # of two steps, both are Euler's
+        assert kept[f"ema 0.5, 2, 1.5, {solver}"]["fd"] == pytest.approx(
+            kept["ema 0.5, 2, 1.5, euler"]["fd"], rel=1e-3)
+    distances = {round(found["fd"], 6) for found in kept.values()}
+    assert len(distances) >= 11
 
     generated, requested = page["generate"](
         page["networks"]["raw"], 2, classes=page["present"], seed=0, num_steps=2, cfg_scale=1.5)
     found, _ = metrics.scores(
         generated, requested, heldout=page["real"].heldout, training=page["reference"], net=page["net"],
         num_classes=13, seed=0)
-    raw = kept["raw, 2, 1.5, euler"]
+    raw = kept["raw, 2, 1.5, ab2"]
     assert raw["fd"] == pytest.approx(found["fd"], abs=1e-5)
     assert sum(map(sum, raw["confusion"])) == 26
 

@@ -30,7 +30,7 @@ def sample_with_callback(
     model, # a TinyDiT
     y:Tensor, # (n,) class indices
     callback, # callback(x_hat, t) receives every prediction (n, 3, h, w); raising ends the sampling
-    num_steps:int=50, # as for `sample`
+    num_steps:int=12, # as for `sample`
     cfg_scale:float=1.5, # as for `sample`
     cfg_interval:tuple=(0., 1.), # as for `sample`
     **sampling, # as `sample` takes: solver, x0
@@ -91,7 +91,7 @@ def generate_from_settings(
     callback=None, # callback(name, images, t, is_draft, done) after every evaluation; `done` rises to 1
     load=load_model, # loads a network from a file
 ) -> dict: # {name of the weights: (n, 3, h, w) images, about [-1, 1], on the CPU}
-    "Sample what the settings describe; with a callback, a draft first."
+    "Sample what the settings describe; with a callback and more than `2*DRAFT_STEPS` steps, a draft first."
     models = {name: load(path) for name, path in select_weights(settings).items()}
     for model in models.values():
         _check_settings(settings, model)
@@ -197,9 +197,9 @@ def make_controls(
                                 tooltip=guidance, **wide),
         cfg_interval=w.FloatRangeSlider(description="guide from–to", value=(0, 1), min=0, max=1, step=.05,
                                         tooltip="cfg_interval: the times between which to guide", **wide),
-        num_steps=w.IntSlider(description="steps", value=50, min=1, max=100,
+        num_steps=w.IntSlider(description="steps", value=12, min=1, max=100,
                               tooltip="steps from noise to image", **wide),
-        solver=w.Dropdown(description="solver", options=list(SOLVERS),
+        solver=w.Dropdown(description="solver", options=list(SOLVERS), value="ab2",
                           tooltip="heun: two evaluations a step; ab2: one, like euler", **wide),
         seed=w.BoundedIntText(description="seed", value=0, min=0, max=2**32 - 1,
                               tooltip="of the noise: another seed, another cat", **wide),
@@ -267,7 +267,7 @@ class LatestWorker:
 # %% ../nbs/08_explorer.ipynb #c27
 def describe(
     settings:dict, # as from `Explorer.settings`
-) -> str: # such as "8 × Siamese, guidance 1.5, 50 euler steps, seed 0, ema of outputs/toy"
+) -> str: # such as "8 × Siamese, guidance 1.5, 12 ab2 steps, seed 0, ema of outputs/toy"
     "The settings in words."
     low, high = settings["cfg_interval"]
     interval = "" if (low, high) == (0, 1) else f" from t = {low:g} to {high:g}"

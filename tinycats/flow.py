@@ -127,8 +127,8 @@ def ode_steps(
     model, # (xt, t, y) -> predicted clean images
     x0:Tensor, # (n, 3, h, w) noise
     y:Tensor, # (n,) class indices
-    num_steps:int=50, # equal steps in time
-    solver:str="euler", # a key of `SOLVERS`
+    num_steps:int=12, # equal steps in time
+    solver:str="ab2", # a key of `SOLVERS`
     **guidance, # `cfg_scale`, `cfg_interval`, `null_class` of `cfg_forward`
 ): # a generator of `num_steps + 1` states (n, 3, h, w), from the noise to the images
     "Solve dx/dt = v(x, t) from t=0 to t=1; the last step lands on the prediction."
@@ -178,10 +178,10 @@ def class_indices(
 def sample(
     model, # (xt, t, y) -> predicted clean images, such as a TinyDiT
     y, # (n,) classes: names, indices, or a tensor of indices
-    num_steps:int=50, # steps from noise to image
+    num_steps:int=12, # steps from noise to image
     cfg_scale:float=1.5, # guidance scale; 1 is none
     cfg_interval:tuple=(0., 1.), # the first and the last time with guidance
-    solver:str="euler", # "euler", "ab2", or "heun": two evaluations a step
+    solver:str="ab2", # "ab2", "euler", or "heun": two evaluations a step
     seed:int=0, # of the noise; the same on every device
     x0:Tensor|None=None, # (n, 3, h, w) noise to start from, instead of `seed`
     null_class:int|None=None, # None: `model.num_classes`; not needed where `cfg_scale` is 1

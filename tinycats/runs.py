@@ -298,7 +298,7 @@ def comparison_table(
 # %% ../nbs/11_runs.ipynb #c54
 EVALUATION_DEFAULTS = dict( # of evaluate.ipynb; what differs from them is part of the folder's name
     weights=None, ema=None, raw=False, classes=[],
-    samples=20, num_steps=50, cfg_scale=1.5, cfg_interval=[0., 1.], solver="euler", seed=0, precision="auto",
+    samples=20, num_steps=12, cfg_scale=1.5, cfg_interval=[0., 1.], solver="ab2", seed=0, precision="auto",
     data=None, heldout=1300, features="classes")
 
 def _short(value):

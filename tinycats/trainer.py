@@ -762,7 +762,7 @@ class Trainer(TrainState):
         content = json.dumps(settings | run_metadata(self.model) | progress, indent=1)
         atomic_write(self.folder/"config.json", content + "\n")
 
-# %% ../nbs/05_trainer.ipynb #c99
+# %% ../nbs/05_trainer.ipynb #c101
 def print_progress(
     records, # from `Trainer.fit`
     steps:int, # length of the run
