@@ -138,6 +138,39 @@ def test_sampling_arms_generate(arm):
     assert images.isfinite().all()
 
 
+@pytest.mark.parametrize("name", bench.DIFFUSERS_SCHEDULERS)
+def test_schedulers_of_diffusers_go_where_our_solvers_go(name):
+    "A velocity that leads straight to an image; and one that curves, in many steps."
+    need("diffusers")
+    x0, x1 = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    calls = []
+
+    def straight(x, t):
+        calls.append(t)
+        return (x1 - x)/(1 - t)
+
+    assert bench.scheduler_loop(straight, x0, name, 5) == pytest.approx(x1, abs=.01)
+    assert len(calls) == 5
+    assert calls[0] == 0
+
+    def gaussian(x, t):  # the images are N(.3, .5^2)
+        return (.3 + t*.25/(t**2*.25 + (1 - t)**2)*(x - t*.3) - x)/(1 - t)
+
+    assert bench.scheduler_loop(gaussian, x0, name, 99) == pytest.approx(.3 + .5*x0, abs=.03)
+
+
+def test_arms_of_equal_quality_generate():
+    need("diffusers")
+    needed = {"euler": 50, "ab2": 3, "diffusers Euler": 9, "diffusers Heun": 3, "diffusers DPM-Solver++": None}
+    arms = bench.quality_arms(TINY, needed, n=3)
+    assert list(arms) == ["tinycats ab2, 3", "tinycats Euler, 50", "plain Euler, 50", "diffusers Euler, 50",
+                          "diffusers Heun, 3"]
+    for make in arms.values():
+        images = make()()
+        assert images.shape == (3, 3, 16, 16)
+        assert images.isfinite().all()
+
+
 @pytest.mark.parametrize("size", [TINY, bench.SIZES["demo"], bench.SIZES["full"] | dict(depth=2)])
 def test_flops_are_those_that_pytorch_counts(size):
     net = TinyDiT(**size)
