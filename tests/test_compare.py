@@ -115,7 +115,8 @@ def test_settings(project, extractor, monkeypatch):
     assert page["main"] == "ema 0.5"
     assert list(kept) == [
         "ema 0.5, 2, 1.5, euler", "ema 0.5, 4, 1.5, euler", "ema 0.5, 1, 1.5, heun", "ema 0.5, 2, 1.5, heun",
-        "ema 0.5, 2, 1.5, dpm++2m", "ema 0.5, 4, 1.5, dpm++2m", "ema 0.5, 2, 1.5, ab2", "ema 0.5, 4, 1.5, ab2",
+        "ema 0.5, 2, 1.5, dpm++2m", "ema 0.5, 4, 1.5, dpm++2m",
+        "ema 0.5, 2, 1.5, ab2", "ema 0.5, 4, 1.5, ab2",
         "ema 0.5, 2, 1.0, ab2", "ema 0.5, 2, 3.0, ab2", "ema 0.5, 2, 1.5, ab2, [0.0, 0.6]",
         "ema 0.5, 2, 1.5, ab2, [0.1, 1.0]", "ema 0.75, 2, 1.5, ab2", "raw, 2, 1.5, ab2"]
     for solver in ("dpm++2m", "ab2"):  # of two steps, both are Euler's
