@@ -5,7 +5,8 @@ __version__ = "0.1.0"
 
 # %% auto #0
 __all__ = ['ImageDataset', 'BREEDS', 'load_pets', 'toy_cats', 'TinyDiT', 'load_model', 'save_model', 'flow_loss', 'sample', 'EMA',
-           'Trainer', 'TrainConfig', 'show', 'image_grid', 'class_sheet', 'generate', 'load_run']
+           'Trainer', 'TrainConfig', 'show', 'image_grid', 'class_sheet', 'generate', 'load_run', 'export_onnx',
+           'write_page']
 
 # %% ../nbs/a4_package.ipynb #c03
 import importlib
@@ -16,12 +17,12 @@ _LAZY = dict(
     flow_loss="flow", sample="flow", EMA="ema",
     Trainer="trainer", TrainConfig="params",
     show="viz", image_grid="viz", class_sheet="viz", generate="viz",
-    load_run="runs",
+    load_run="runs", export_onnx="export", write_page="export",
 ) # {name: the module that defines it}
 
 _all_ = ["ImageDataset", "BREEDS", "load_pets", "toy_cats", "TinyDiT", "load_model", "save_model",
          "flow_loss", "sample", "EMA", "Trainer", "TrainConfig", "show", "image_grid", "class_sheet",
-         "generate", "load_run"]
+         "generate", "load_run", "export_onnx", "write_page"]
 
 def __getattr__(name):
     "Import a name from its module when it is first used."

@@ -6,7 +6,7 @@
 __all__ = ['WEIGHT_KINDS', 'LICENCES', 'MAX_PAGE_MB', 'GuidedModel', 'export_onnx', 'OnnxModel', 'write_page', 'main']
 
 # %% ../nbs/13_export.ipynb #c02
-import json, math, os, shutil, sys, tempfile
+import hashlib, json, math, os, shutil, sys, tempfile
 from argparse import ArgumentParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -184,12 +184,22 @@ def _check_page_size(model, weights):
         raise ParameterError(f"the network takes {megabytes:.0f} MB in {weights}, and a page at most "
                              f"{MAX_PAGE_MB}: choose int8, or a smaller network")
 
+# %% ../nbs/13_export.ipynb #c26
+def _replace_network(folder, model, weights):
+    "Write the ONNX file under a name that changes with its content, so that no browser keeps an old one."
+    exported = export_onnx(model, folder/"network.onnx", weights=weights)
+    name = f"network-{hashlib.sha256(exported.read_bytes()).hexdigest()[:12]}.onnx"
+    for old in folder.glob("network-*.onnx"):
+        old.unlink()
+    exported.rename(folder/name)
+    return name
+
 def write_page(
     run:str|Path, # the name of a run in outputs/, or the path of its folder
     file:str|Path|None=None, # its weights, as for `load_run`; None: the run's own average
     weights:str="fp16", # a key of `WEIGHT_KINDS`
     cfg_scale:float=1.5, # the guidance scale that the page begins with
-    num_steps:int=12, # the steps that it begins with
+    num_steps:int=8, # the steps that it begins with
     solver:str="ab2", # "ab2" or "euler"
     seed:int=4, # the seed that it begins with
 ) -> Path: # the folder `page` of the run, which holds nothing else
@@ -201,19 +211,19 @@ def write_page(
     model = load_run(run, weights=file)
     _check_page_size(model, weights)
     settings = dict(guidance=cfg_scale, steps=num_steps, seed=seed, count=8)
-    config = dict(run=run_folder(run).name, network="network.onnx", solver=solver)
-    config |= dict(settings={"class": model.classes[0]} | settings) | _describe(model, weights)
     folder = run_folder(run)/"page"
     shutil.copytree(resources_folder()/"nbs"/"page", folder, dirs_exist_ok=True)
-    export_onnx(model, folder/"network.onnx", weights=weights)
+    network = _replace_network(folder, model, weights)
+    config = dict(run=run_folder(run).name, network=network, solver=solver)
+    config |= dict(settings={"class": model.classes[0]} | settings) | _describe(model, weights)
     atomic_write(folder/"page.json", json.dumps(config, indent=1) + "\n")
     return folder
 
-# %% ../nbs/13_export.ipynb #c26
-_SETTINGS = dict(cfg_scale=(CfgScale, 1.5), num_steps=(SolverSteps, 12), seed=(Seed, 4))
+# %% ../nbs/13_export.ipynb #c27
+_SETTINGS = dict(cfg_scale=(CfgScale, 1.5), num_steps=(SolverSteps, 8), seed=(Seed, 4))
 
 def main(
-    words:list, # a command line: [RUN] [--file FILE] [--weights fp16] [--cfg-scale 1.5] [--num-steps 12] ...
+    words:list, # a command line: [RUN] [--file FILE] [--weights fp16] [--cfg-scale 1.5] [--num-steps 8] ...
 ):
     "Write the page of a run: what `python -m tinycats.export` does; errors end it in one line."
     parser = ArgumentParser(prog="python -m tinycats.export", description=write_page.__doc__)

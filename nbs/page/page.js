@@ -188,7 +188,7 @@ async function start() {
   if (typeof WebAssembly !== "object") {
     throw new Error("This browser has no WebAssembly, or it is switched off: try a current browser")
   }
-  const answer = await fetch("page.json")
+  const answer = await fetch("page.json", {cache: "no-cache"})
   if (!answer.ok) throw new Error(`page.json: ${answer.status} ${answer.statusText}`)
   config = await answer.json()
   document.title = `${config.run}: tinycats in your browser`
