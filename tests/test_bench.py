@@ -159,12 +159,25 @@ def test_schedulers_of_diffusers_go_where_our_solvers_go(name):
     assert bench.scheduler_loop(gaussian, x0, name, 99) == pytest.approx(.3 + .5*x0, abs=.03)
 
 
+def test_quality_is_measured_for_every_solver(monkeypatch):
+    train = bench.metrics.train_classifier
+    monkeypatch.setattr(bench.metrics, "train_classifier", lambda *args, steps: train(*args, steps=20))
+    found = bench.quality_by_evaluations(counts=(2, 8), samples=1, seeds=(0,))
+    solvers = ["euler", "ab2"] + [f"diffusers {name}" for name in bench.DIFFUSERS_SCHEDULERS]
+    assert list(found) == [name for name in solvers if name.split()[0] not in bench.missing_packages()]
+    assert list(found["euler"]) == [2, 8, 50]
+    for scores in found.values():
+        assert scores[8]["fd"] > 0
+        assert scores[8]["detail"] > 0
+    assert found["ab2"][8]["fd"] < found["ab2"][2]["fd"]
+
+
 def test_arms_of_equal_quality_generate():
     need("diffusers")
-    needed = {"euler": 50, "ab2": 3, "diffusers Heun": 3, "diffusers DPM-Solver++": None}
+    needed = {"euler": 9, "ab2": 3, "diffusers Heun": 3, "diffusers DPM-Solver++": None}
     arms = bench.quality_arms(TINY, needed, n=3)
-    assert list(arms) == ["tinycats ab2, 3", "tinycats Euler, 50", "plain Euler, 50", "diffusers Euler, 50",
-                          "diffusers Heun, 3"]
+    assert list(arms) == ["tinycats ab2, 3", "tinycats Euler, 9", "tinycats Euler, 50", "plain Euler, 50",
+                          "diffusers Euler, 50", "diffusers Heun, 3"]
     for make in arms.values():
         images = make()()
         assert images.shape == (3, 3, 16, 16)
