@@ -14,6 +14,9 @@ ifneq ($(origin run),undefined)
 export TINYCATS_RUN = $(value run)
 endif
 
+# Threads that wait do not keep a busy computer's cores: see nbs/12_pages.ipynb.
+export GOMP_SPINCOUNT ?= 1000
+
 VERSIONS := $(shell sed -n 's/^python_versions *= *//p' settings.ini)
 CHECK    := import sys; found = "%d.%d" % sys.version_info[:2]; \
             found in sys.argv[1:] or sys.exit("This is Python %s, and tinycats runs on %s. Name one of them: \

@@ -241,8 +241,8 @@ def difference(a, b):
 
 def expected_sheets(home, **settings):
     "The images that these settings make, sampled in this process."
-    defaults = dict(run="outputs/toy", weights=["ema"], class_name="Abyssinian", n=8, seed=0, num_steps=50,
-                    solver="euler", cfg_scale=1.5, cfg_interval=(0., 1.))
+    defaults = dict(run="outputs/toy", weights=["ema"], class_name="Abyssinian", n=8, seed=0, num_steps=12,
+                    solver="ab2", cfg_scale=1.5, cfg_interval=(0., 1.))
     settings = defaults | settings
     images = generate_from_settings(settings | dict(run=home/settings["run"]))
     return {name: sheet(some) for name, some in images.items()}
@@ -383,13 +383,12 @@ def check_another_run(page, home, scale):
 def check_latency(page):
     page.write("run", "outputs/toy")
     page.drag("images", 7/15)
-    page.finished("8 × Persian", "50 euler steps", "ema of outputs/toy")
+    page.finished("8 × Persian", "12 ab2 steps", "ema of outputs/toy")
     first, final = latency(page, 4)
     print(f"\n{page.kind}: seconds from click to first image {first[0]:.2f} to {first[-1]:.2f}, "
           f"to the finished one {final[0]:.2f} to {final[-1]:.2f}")
-    assert first[0] < 1  # on a busy machine; on an idle one 0.5 and 2
-    assert final[0] < 5
-    assert first[0] < .7*final[0]
+    assert first[0] < 1  # on a busy machine
+    assert final[0] < 2
 
 
 def switch_to_dark(page, address):

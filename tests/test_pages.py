@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tinycats.pages import plan_page
+from tinycats.pages import SPIN_COUNT, plan_page
 from tinycats.params import ParameterError, notebook_params
 from tinycats.runs import EVALUATION_DEFAULTS
 
@@ -155,3 +155,7 @@ def test_the_names_of_evaluations_compare_with_the_page():
     assert EVALUATION_DEFAULTS == {name: declared[name][1] for name in EVALUATION_DEFAULTS}
     others = {"run", "batch_size", "device", "data_root", "features_from", "fid", "name"}  # where, not what
     assert set(declared) == set(EVALUATION_DEFAULTS) | others
+
+
+def test_the_makefile_and_pages_agree_on_spinning():
+    assert f"GOMP_SPINCOUNT ?= {SPIN_COUNT}\n" in (ROOT/"Makefile").read_text()
