@@ -15,7 +15,9 @@ export TINYCATS_RUN = $(value run)
 endif
 
 # Threads that wait do not keep a busy computer's cores: see nbs/12_pages.ipynb.
+ifndef OMP_WAIT_POLICY
 export GOMP_SPINCOUNT ?= 1000
+endif
 
 VERSIONS := $(shell sed -n 's/^python_versions *= *//p' settings.ini)
 CHECK    := import sys; found = "%d.%d" % sys.version_info[:2]; \
@@ -37,7 +39,7 @@ explore: $(READY) ## open the explorer alone, without code, in the browser
 	@$(PYTHON_HERE) -m voila nbs/explore.ipynb --Voila.tornado_settings="{'allow_remote_access': False}" $(args)
 
 page: $(READY) ## write a web page that draws in the browser: run=toy; other weights: args="--weights int8"
-	@$(PYTHON_HERE) -m tinycats.export "$${TINYCATS_RUN-demo}" $$TINYCATS_ARGS
+	@$(PYTHON_HERE) -m tinycats.export
 
 lab: $(READY) ## open the book in JupyterLab
 	@$(PYTHON_HERE) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(args)

@@ -176,7 +176,7 @@ def test_arms_of_equal_quality_generate():
     need("diffusers")
     needed = {"euler": 9, "ab2": 3, "diffusers Heun": 3, "diffusers DPM-Solver++": None}
     arms = bench.quality_arms(TINY, needed, n=3)
-    assert list(arms) == ["tinycats ab2, 3", "tinycats Euler, 9", "tinycats Euler, 50", "plain Euler, 50",
+    assert list(arms) == ["tinycats ab2, 3", "tinycats euler, 9", "tinycats euler, 50", "plain Euler, 50",
                           "diffusers Euler, 50", "diffusers Heun, 3"]
     for make in arms.values():
         images = make()()

@@ -536,3 +536,8 @@ def test_sweep(tmp_path, monkeypatch):
     page = cells("sweep", per_class=0)
     assert [page["scores"][run].get("fd") for run in "abc"] == [9, 8, None]
     assert page["newest"]["a"] == guided
+
+    scores = tmp_path/"outputs/b/evaluation/step_0009000-cfg_scale_3/scores.json"
+    scores.write_text(json.dumps(json.loads(scores.read_text()) | dict(num_steps=12, solver="ab2")))
+    page = cells("sweep", per_class=0)  # sampled otherwise, so not comparable
+    assert list(page["newest"].values()).count(None) == 2

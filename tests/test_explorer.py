@@ -102,6 +102,7 @@ def test_a_newer_request_ends_the_older_between_two_steps(explorer):
     """With evaluations of 0.05 s: after its minimum time and one evaluation more the older gives way;
     submitting never waits."""
     slow = SlowNetwork(explorer, .05)
+    explorer.set(num_steps=50)
     begin = time.perf_counter()
     for seed in range(100):
         explorer.controls["seed"].value = seed

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tinycats import export
 from tinycats.core import to_uint8
 from tinycats.dit import TinyDiT, load_model, save_model
 from tinycats.flow import sample
@@ -23,7 +24,8 @@ from tinycats.metrics import train_classifier
 from tinycats.toy import toy_cats
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-export = pytest.importorskip("tinycats.export", reason="onnx is not installed")
+for package in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package, reason=f"{package} is of the extra `onnx`")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
 
@@ -53,12 +55,14 @@ def site(tmp_path_factory):
         (site/run/"ema.safetensors").symlink_to(ROOT/"outputs"/run/"ema.safetensors")
     torch.manual_seed(0)
     three = TinyDiT(16, patch_size=8, dim=32, depth=1, num_heads=2, num_classes=3)
-    torch.nn.init.normal_(three.final_layer.weight)
+    torch.nn.init.normal_(three.final_layer.weight, std=.04)
     three.classes = ["my_cat", "<b>dog</b>", "Öl & Wasser"]
     make_run(site/"three", three, run="three", step=1, weights="ema 0.9")
     export.write_page(site/"toy")
     export.write_page(site/"pets64", cfg_scale=3)
     export.write_page(site/"three", weights="fp32", num_steps=60)
+    make_run(site/"int8", three, run="int8", step=1, weights="ema 0.9")
+    export.write_page(site/"int8", weights="int8")
     return site
 
 
@@ -236,9 +240,29 @@ def test_unusable_values_are_named(visitor):
     refused = "The address asks for class Tiger, steps many, seed -1, which cannot be had here."
     assert status.startswith(f"{refused} 2 ×")
     visitor.page.fill("#count", "99")
-    assert visitor.wait("error") == "count 99: choose a whole number from 1 to 16"
+    assert visitor.wait("error") == "Images 99: choose a whole number from 1 to 16"
+    assert visitor.page.get_attribute("#count", "aria-invalid") == "true"
     visitor.page.fill("#count", "1")
     visitor.wait()
+    assert visitor.page.get_attribute("#count", "aria-invalid") is None
+    assert visitor.page.inner_text("#announcement") == visitor.page.inner_text("#status")
+
+
+def test_an_unusable_value_ends_the_drawing(visitor):
+    visitor.open("toy", count=1, steps=1)
+    visitor.page.evaluate(CHANGE, ["steps", "50"])
+    visitor.wait("drawing")
+    visitor.page.evaluate(CHANGE, ["seed", ""])
+    assert visitor.wait("error").startswith("Seed is empty")
+    visitor.page.wait_for_timeout(1500)  # the time of the drawing
+    assert visitor.wait("error").startswith("Seed is empty")
+
+
+def test_int8(visitor, site):
+    "The self-test allows for its rounding, and the images are near those of float32."
+    visitor.open("int8", count=4)
+    drawn = expected(site/"int8", "my_cat", 4)
+    assert 0 < (visitor.images().float() - drawn.float()).abs().mean() < 12
 
 
 def test_no_webassembly(visitor):

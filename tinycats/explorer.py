@@ -368,6 +368,7 @@ class ModelCache:
 class SamplingTask:
     "One request: sample, show drafts on the way, give up when superseded."
     min_seconds = .15     # every request gets at least this
+    first_seconds = .05   # the first unfinished images
     redraw_seconds = .2   # between two unfinished images
 
     def __init__(self, settings, view, load, is_superseded):
@@ -395,7 +396,8 @@ class SamplingTask:
         no_draft = self.settings["num_steps"] <= 2*DRAFT_STEPS
         draft_done = is_draft and t > 1 - 1.5/DRAFT_STEPS
         worth_it = is_draft or no_draft or t > .5
-        if draft_done or (worth_it and now - self.last_shown > self.redraw_seconds):
+        wait = self.redraw_seconds if self.first_shown else self.first_seconds
+        if draft_done or (worth_it and now - self.last_shown > wait):
             self.show({name: images})
         if now - self.last_progress > .1:
             self.view.bar.value = done

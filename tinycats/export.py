@@ -6,7 +6,7 @@
 __all__ = ['WEIGHT_KINDS', 'LICENCES', 'MAX_PAGE_MB', 'GuidedModel', 'export_onnx', 'OnnxModel', 'write_page', 'main']
 
 # %% ../nbs/13_export.ipynb #c02
-import hashlib, json, math, os, shutil, sys, tempfile
+import copy, hashlib, json, math, os, shlex, shutil, sys, tempfile
 from argparse import ArgumentParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ import tinycats
 from .flow import apply_cfg, seeded_noise
 from .pages import resources_folder
 from .params import CfgScale, ParameterError, Seed, SolverSteps, check_params
-from .runs import load_run, run_folder
+from .runs import load_run, read_config, run_folder
 from .util import atomic_write
 
 # %% ../nbs/13_export.ipynb #c05
@@ -96,7 +96,7 @@ LICENCES = dict(
 
 def _licence(model):
     "The licence of the images that a network was trained on, as far as it is known."
-    return LICENCES.get(model.metadata.get("data"), "not stated")
+    return LICENCES.get(getattr(model, "metadata", {}).get("data"), "not stated")
 
 def export_onnx(
     model, # a TinyDiT, as from `load_model` or `load_run`
@@ -110,7 +110,7 @@ def export_onnx(
     if not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} is no TinyDiT: give what load_model returns")
     _require_onnx("onnx", "onnxscript", *(["onnxruntime"] if weights == "int8" else []))
-    proto = _to_onnx(model.cpu().float().eval())
+    proto = _to_onnx(copy.deepcopy(model).cpu().float().eval())
     if WEIGHT_KINDS[weights]:
         proto = WEIGHT_KINDS[weights](proto)
     known = dict(config=model.config, classes=list(model.classes), licence=_licence(model),
@@ -125,7 +125,7 @@ class OnnxModel:
     "An exported network in ONNX Runtime, called as TinyDiT is: (xt, t, y) -> predicted clean images."
     def __init__(self,
         path:str|Path, # a file written by `export_onnx`
-        cfg_scale:float=1., # guidance inside the graph; 1 where `sample` guides
+        cfg_scale:float=1., # guidance inside the graph; then call `sample` with cfg_scale=1
     ):
         _require_onnx("onnxruntime")
         import onnxruntime
@@ -154,7 +154,7 @@ class OnnxModel:
 # %% ../nbs/13_export.ipynb #c24
 MAX_PAGE_MB = 64 # of the ONNX file: what a visitor has to download
 
-def _self_test(model, seed=0, t=.5, cfg_scale=1.5, values=32):
+def _self_test(model, weights, seed=0, t=.5, cfg_scale=1.5, values=32):
     "One guided prediction of PyTorch: what it was asked, and every `stride`-th number of the answer."
     xt = seeded_noise(1, model.image_size, seed)
     inputs = (xt, torch.tensor([t]), torch.tensor([0]), torch.tensor(cfg_scale))
@@ -162,83 +162,106 @@ def _self_test(model, seed=0, t=.5, cfg_scale=1.5, values=32):
         x_hat = GuidedModel(model)(*inputs).flatten()
     stride = math.ceil(len(x_hat)/values)
     expected = [round(value, 6) for value in x_hat[::stride].tolist()]
-    return dict(seed=seed, label=0, t=t, guidance=cfg_scale, stride=stride, expected=expected)
+    tolerance = .3 if weights == "int8" else .01 # a fault is far larger
+    return dict(seed=seed, label=0, t=t, guidance=cfg_scale, stride=stride, expected=expected,
+                tolerance=tolerance)
 
-def _describe(model, weights):
+def _check_file(path, model, test):
+    "A ParameterError if ONNX Runtime fails the self-test with a file here."
+    xt = seeded_noise(1, model.image_size, test["seed"])
+    x_hat = OnnxModel(path, test["guidance"])(xt, torch.tensor([test["t"]]), torch.tensor([test["label"]]))
+    x_hat = x_hat.flatten()[::test["stride"]]
+    error = (x_hat - torch.tensor(test["expected"])).abs().max().item()
+    if not error <= test["tolerance"]:
+        found = f"these weights are not exact enough for this network (error {error:.2g})"
+        raise ParameterError(f"{found}: choose fp32")
+
+def _describe(model, run):
     "What page.json says of a network."
     parameters = sum(p.numel() for p in model.parameters())
     about = (f"A diffusion transformer of {parameters/1e6:.1f} million parameters that runs here, in your "
              "browser. Nothing that you do leaves this computer.")
-    licence = f"Network: {model.metadata.get('run', 'of your own')}, {model.metadata['weights']}, step "
-    licence += f"{model.metadata['step']:,}. Licence of what it was trained on: {_licence(model)}."
-    tolerance = .3 if weights == "int8" else .01 # a fault is far larger
-    return dict(about=about, licence=licence, image_size=model.image_size, classes=list(model.classes),
-                self_test=_self_test(model) | dict(tolerance=tolerance))
+    licence = f"Network: {run}, {model.metadata['weights']}, step {model.metadata['step']:,}. "
+    licence += f"Licence of what it was trained on: {_licence(model)}."
+    return dict(run=run, about=about, licence=licence, image_size=model.image_size,
+                classes=list(model.classes))
 
 # %% ../nbs/13_export.ipynb #c25
-def _check_page_size(model, weights):
-    "A ParameterError if a visitor would have to download too much."
-    bytes_each = dict(fp32=4, fp16=2, int8=1)[weights]
-    megabytes = sum(p.numel() for p in model.parameters())*bytes_each/1e6
+_SETTINGS = dict(cfg_scale=(CfgScale, 1.5), num_steps=(SolverSteps, 8), seed=(Seed, 4))
+
+def _check_page(model, weights, solver, settings):
+    "The settings, checked; a ParameterError for what a page cannot have."
+    for name, value, known in (("weights", weights, WEIGHT_KINDS), ("solver", solver, ("ab2", "euler"))):
+        if value not in known:
+            raise ParameterError(f"{name}={value!r}: choose one of {', '.join(known)}")
+    settings = check_params(settings, _SETTINGS)
+    scale = settings["cfg_scale"]
+    if abs(20*scale - round(20*scale)) > 1e-6:
+        raise ParameterError(f"cfg_scale={scale}: the slider moves in steps of 0.05; choose a multiple")
+    _require_onnx("onnx", "onnxscript", "onnxruntime")
+    megabytes = sum(p.numel() for p in model.parameters())*dict(fp32=4, fp16=2, int8=1)[weights]/1e6
     if megabytes > MAX_PAGE_MB:
         raise ParameterError(f"the network takes {megabytes:.0f} MB in {weights}, and a page at most "
                              f"{MAX_PAGE_MB}: choose int8, or a smaller network")
+    return settings
 
 # %% ../nbs/13_export.ipynb #c26
-def _replace_network(folder, model, weights):
+def _write_network(folder, model, weights, test):
     "Write the ONNX file under a name that changes with its content, so that no browser keeps an old one."
-    exported = export_onnx(model, folder/"network.onnx", weights=weights)
-    name = f"network-{hashlib.sha256(exported.read_bytes()).hexdigest()[:12]}.onnx"
-    for old in folder.glob("network-*.onnx"):
-        old.unlink()
-    exported.rename(folder/name)
-    return name
+    with tempfile.TemporaryDirectory() as there:
+        exported = export_onnx(model, Path(there)/"network.onnx", weights=weights)
+        _check_file(exported, model, test)
+        content = exported.read_bytes()
+    folder.mkdir(exist_ok=True)
+    return atomic_write(folder/f"network-{hashlib.sha256(content).hexdigest()[:12]}.onnx", content)
 
 def write_page(
     run:str|Path, # the name of a run in outputs/, or the path of its folder
     file:str|Path|None=None, # its weights, as for `load_run`; None: the run's own average
-    weights:str="fp16", # a key of `WEIGHT_KINDS`
-    cfg_scale:float=1.5, # the guidance scale that the page begins with
+    weights:str="fp16", # how they are stored: a key of `WEIGHT_KINDS`
+    cfg_scale:float=1.5, # the guidance scale that the page begins with, a multiple of 0.05
     num_steps:int=8, # the steps that it begins with
     solver:str="ab2", # "ab2" or "euler"
     seed:int=4, # the seed that it begins with
 ) -> Path: # the folder `page` of the run, which holds nothing else
     "Write a static web page on which a visitor's browser draws with the network of a run."
-    if weights not in WEIGHT_KINDS:
-        raise ParameterError(f"weights={weights!r}: choose one of {', '.join(WEIGHT_KINDS)}")
-    if solver not in ("ab2", "euler"):
-        raise ParameterError(f"solver={solver!r}: the page knows ab2 and euler")
     model = load_run(run, weights=file)
-    _check_page_size(model, weights)
-    settings = dict(guidance=cfg_scale, steps=num_steps, seed=seed, count=8)
+    model.metadata = {k: v for k, v in read_config(run).items() if k == "data"} | model.metadata
+    given = _check_page(model, weights, solver, dict(cfg_scale=cfg_scale, num_steps=num_steps, seed=seed))
     folder = run_folder(run)/"page"
+    test = _self_test(model, weights)
+    network = _write_network(folder, model, weights, test)
+    settings = {"class": model.classes[0], "guidance": given["cfg_scale"], "steps": given["num_steps"]}
+    config = _describe(model, run_folder(run).name)
+    config |= dict(network=network.name, solver=solver, self_test=test)
+    config |= dict(settings=settings | dict(seed=given["seed"], count=8))
     shutil.copytree(resources_folder()/"nbs"/"page", folder, dirs_exist_ok=True)
-    network = _replace_network(folder, model, weights)
-    config = dict(run=run_folder(run).name, network=network, solver=solver)
-    config |= dict(settings={"class": model.classes[0]} | settings) | _describe(model, weights)
     atomic_write(folder/"page.json", json.dumps(config, indent=1) + "\n")
+    for old in set(folder.glob("network-*.onnx")) - {network}:
+        old.unlink()
     return folder
 
 # %% ../nbs/13_export.ipynb #c27
-_SETTINGS = dict(cfg_scale=(CfgScale, 1.5), num_steps=(SolverSteps, 8), seed=(Seed, 4))
+class _Parser(ArgumentParser):
+    "An argument parser whose errors are ParameterErrors."
+    def error(self, message):
+        raise ParameterError(message)
 
 def main(
     words:list, # a command line: [RUN] [--file FILE] [--weights fp16] [--cfg-scale 1.5] [--num-steps 8] ...
 ):
     "Write the page of a run: what `python -m tinycats.export` does; errors end it in one line."
-    parser = ArgumentParser(prog="python -m tinycats.export", description=write_page.__doc__)
-    run = os.environ.get("TINYCATS_RUN", "toy")
+    parser = _Parser(prog="python -m tinycats.export", description=write_page.__doc__)
+    run = os.environ.get("TINYCATS_RUN", "demo")
     parser.add_argument("run", nargs="?", default=run, help=f"the name of a run; {run}")
     parser.add_argument("--file", help="other weights of the run: .safetensors, or a checkpoint")
-    parser.add_argument("--weights", default="fp16", choices=WEIGHT_KINDS, help="how the page stores them")
-    parser.add_argument("--solver", default="ab2", choices=("ab2", "euler"))
+    parser.add_argument("--weights", default="fp16", help="stored as fp32, fp16 or int8; fp16")
+    parser.add_argument("--solver", default="ab2", help="ab2 or euler; ab2")
     for name, (_, default) in _SETTINGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=f"at first; {default}")
-    given = vars(parser.parse_args(words))
     try:
-        given |= check_params({name: given[name] for name in _SETTINGS}, _SETTINGS)
-        folder = write_page(**given)
-    except (ParameterError, ValueError, OSError) as e:
+        folder = write_page(**vars(parser.parse_args(words)))
+    except (ValueError, RuntimeError, OSError) as e:
         raise SystemExit(" ".join(str(e).split())) from None
     shown = os.path.relpath(folder, Path.cwd())
     print(f"The page is in {shown}. To open it: python3 -m http.server -d {shown}")
@@ -246,4 +269,4 @@ def main(
 
 if __name__ == "__main__":
     if __spec__ is not None: # python -m tinycats.export; a notebook has no __spec__
-        main(sys.argv[1:])
+        main([*sys.argv[1:], *shlex.split(os.environ.get("TINYCATS_ARGS", ""))])

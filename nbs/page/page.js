@@ -9,19 +9,25 @@ let current = null // the settings of that drawing
 let isDone = false // whether it is finished
 let notice = "" // what the address asked for and cannot be had
 
+/** Show what is going on; screen readers announce what is not mere progress. */
 function setStatus(state, text) {
   $("status").dataset.state = state
   $("status").textContent = text
+  if (state === "done" || state === "error") $("announcement").textContent = text
 }
+
+const labelOf = id => document.querySelector(`label[for=${id}]`).textContent
 
 const readable = name => name.replaceAll("_", " ")
 
 /** The settings that the controls show; null if one of them is not usable, which the status then says. */
 function readControls() {
   for (const id of IDS) {
+    $(id).removeAttribute("aria-invalid")
     if (!$(id).checkValidity()) {
       const {min, max} = $(id)
-      setStatus("error", `${id} ${$(id).value || "is empty"}: choose a whole number from ${min} to ${max}`)
+      setStatus("error", `${labelOf(id)} ${$(id).value || "is empty"}: choose a whole number from ${min} to ${max}`)
+      $(id).setAttribute("aria-invalid", "true")
       return null
     }
   }
@@ -77,13 +83,15 @@ function paint(pixels) {
 
 function draw() {
   const settings = readControls()
-  if (!settings) return
-  request += 1
+  request += 1 // messages about earlier drawings are ignored from now on
+  if (!settings) {
+    worker.postMessage({type: "stop", request})
+    return
+  }
   current = settings
   isDone = false
   $("save").disabled = true
   prepareCanvases(settings)
-  history.replaceState(null, "", `#${new URLSearchParams(settings)}`)
   setStatus("drawing", `Drawing: step 0 of ${settings.steps} …`)
   worker.postMessage({
     type: "draw", request, label: config.classes.indexOf(settings.class), guidance: settings.guidance,
@@ -92,8 +100,8 @@ function draw() {
 
 /** A message of the worker about a drawing; those about earlier drawings are ignored. */
 function onMessage({data}) {
-  if (data.type === "error") setStatus("error", data.message)
   if (data.request !== request) return
+  if (data.type === "error") setStatus("error", `${data.message} (if this persists, reload the page)`)
   if (data.type === "step") {
     paint(data.pixels)
     setStatus("drawing", `Drawing: step ${data.step} of ${current.steps} …`)
@@ -101,6 +109,7 @@ function onMessage({data}) {
   if (data.type === "done") {
     isDone = true
     $("save").disabled = false
+    history.replaceState(null, "", `#${new URLSearchParams(current)}`)
     const what = `${current.count} × ${readable(current.class)}, guidance ${current.guidance}`
     const how = `${current.steps} ${config.solver} steps, seed ${current.seed}`
     setStatus("done", `${notice}${what}, ${how}: ${data.seconds.toFixed(2)} s`)
@@ -137,19 +146,19 @@ async function save() {
 function startWorker(threads) {
   return new Promise((resolve, reject) => {
     worker = new Worker(new URL("./worker.js", import.meta.url), {type: "module"})
-    worker.onerror = event => reject(new Error(event.message || "this browser cannot start the page's worker"))
+    const fail = message => {
+      worker.terminate()
+      if (threads > 1) resolve(startWorker(1))
+      else reject(new Error(message))
+    }
+    worker.onerror = event => fail(event.message || "this browser cannot start the page's worker")
     worker.onmessage = ({data}) => {
       if (data.type === "ready") {
         worker.onmessage = onMessage
         worker.onerror = event => setStatus("error", event.message)
         resolve()
-      } else if (data.type === "wrong" && threads > 1) {
-        worker.terminate()
-        resolve(startWorker(1))
-      } else if (data.type === "wrong") {
-        reject(new Error("this browser computes other numbers than PyTorch does, so its images would be wrong"))
       } else {
-        reject(new Error(data.message))
+        fail(data.message)
       }
     }
     const network = new URL(config.network, document.baseURI).href

@@ -1,5 +1,6 @@
 // Runs the network beside the page, so that the page stays responsive. Messages in: {type: "load", ...} once, then
-// {type: "draw", request, ...}; a new drawing ends the one before. Messages out: ready, step, done, error.
+// {type: "draw", request, ...}; a new drawing ends the one before, and so does {type: "stop", request}. Messages out:
+// ready, step, done, error.
 
 import * as ort from "./vendor/ort.wasm.min.mjs"
 import {sample, seededNoise, toPixels} from "./sampling.js"
@@ -37,8 +38,7 @@ async function load({network, threads, selfTest, size}) {
   if (!answer.ok) throw new Error(`${network}: ${answer.status} ${answer.statusText}`)
   session = await ort.InferenceSession.create(await answer.arrayBuffer(), {executionProviders: ["wasm"]})
   if (!await checkArithmetic(selfTest)) {
-    postMessage({type: "wrong"})
-    return
+    throw new Error("this browser computes other numbers than PyTorch does, so its images would be wrong")
   }
   postMessage({type: "ready"})
 }
@@ -66,9 +66,11 @@ let queue = Promise.resolve() // the network computes one thing at a time
 
 async function handle(data) {
   try {
-    await (data.type === "load" ? load(data) : draw(data))
+    if (data.type === "load") await load(data)
+    if (data.type === "draw") await draw(data)
   } catch (error) {
-    if (!(error instanceof Superseded)) postMessage({type: "error", request: data.request, message: error.message})
+    if (error instanceof Superseded) return
+    postMessage({type: "error", request: data.request, message: String(error?.message ?? error)})
   }
 }
 
