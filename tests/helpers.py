@@ -1,8 +1,11 @@
-"What only tests may know: where material lies that a user of tinycats does not have."
+"What several tests need: material that a user of tinycats does not have, and the browser."
+import shutil
 from pathlib import Path
 
 import pytest
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
 SHARED = Path(__file__).resolve().parents[2]/"shared"
 
 

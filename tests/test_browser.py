@@ -22,14 +22,14 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
+from helpers import needs_chromium
 from PIL import Image
 
 from tinycats.dit import load_model, save_model
 from tinycats.explorer import generate_from_settings, image_settings, sheet
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = needs_chromium
 
 ROOT = Path(__file__).resolve().parents[1]
 DONE = "finished after"
@@ -147,17 +147,6 @@ def answers(process, port):
         except OSError:
             time.sleep(.05)
     return False
-
-
-@pytest.fixture(scope="module")
-def browser():
-    flags = ["--disable-dev-shm-usage", "--disable-gpu", "--no-proxy-server"]
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        flags.append("--no-sandbox")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
 
 
 class Page:
@@ -389,6 +378,7 @@ def check_latency(page):
           f"to the finished one {final[0]:.2f} to {final[-1]:.2f}")
     assert first[0] < 1  # on a busy machine
     assert final[0] < 2
+    assert first[0] < .7*final[0]
 
 
 def switch_to_dark(page, address):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import needs_chromium
 from PIL import Image
 
 from tinycats import export
@@ -23,11 +24,10 @@ from tinycats.flow import sample
 from tinycats.metrics import train_classifier
 from tinycats.toy import toy_cats
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"{package} is of the extra `onnx`")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
+pytestmark = needs_chromium
 
 ROOT = Path(__file__).resolve().parents[1]
 STRICT = ("default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self'; connect-src 'self'; "
@@ -91,17 +91,6 @@ def serve(folder, handler):
 def address(site):
     with serve(site, StrictHandler) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser():
-    flags = ["--disable-dev-shm-usage", "--disable-gpu", "--no-proxy-server"]
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        flags.append("--no-sandbox")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
 
 
 class Visitor:

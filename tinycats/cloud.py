@@ -10,7 +10,7 @@ __all__ = ['WORKDIR', 'OUTPUTS_VOLUME', 'DATA_VOLUME', 'NOTEBOOKS', 'PEAK_TFLOPS
 
 # %% ../nbs/09_cloud.ipynb #c02
 import json, os, shlex, shutil, subprocess, sys, threading, uuid
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from typing import Annotated, Literal, Optional
 import modal
 from pydantic import AfterValidator, Field
 
-from .pages import read_yaml, report_path, resources_folder, run_page
+from .pages import ParameterParser, read_yaml, report_path, resources_folder, run_page
 from .params import ParameterError, RunName, check_params, notebook_params
 from .util import catch_signals, find_path, partial_path, project_root, train_flops
 
@@ -113,11 +113,8 @@ _FLAGS = dict( # name: (type, default, help)
     dry_run=(bool, False, "describe what would happen and stop; needs no account"))
 
 # %% ../nbs/09_cloud.ipynb #c19
-class _Parser(ArgumentParser):
-    "An argument parser whose errors are ParameterErrors and whose help includes the notebook's parameters."
-    def error(self, message):
-        raise ParameterError(message)
-
+class _Parser(ParameterParser):
+    "A parser whose help includes the notebook's parameters."
     def format_help(self):
         cells = json.loads(_notebook("train").read_text(encoding="utf-8"))["cells"]
         tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]

@@ -7,7 +7,6 @@ __all__ = ['WEIGHT_KINDS', 'LICENCES', 'MAX_PAGE_MB', 'GuidedModel', 'export_onn
 
 # %% ../nbs/13_export.ipynb #c02
 import copy, hashlib, json, math, os, shlex, shutil, sys, tempfile
-from argparse import ArgumentParser
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from torch import nn, Tensor
 import tinycats
 from .flow import apply_cfg, seeded_noise
-from .pages import resources_folder
+from .pages import ParameterParser, resources_folder
 from .params import CfgScale, ParameterError, Seed, SolverSteps, check_params
 from .runs import load_run, read_config, run_folder
 from .util import atomic_write
@@ -231,10 +230,9 @@ def write_page(
     folder = run_folder(run)/"page"
     test = _self_test(model, weights)
     network = _write_network(folder, model, weights, test)
-    settings = {"class": model.classes[0], "guidance": given["cfg_scale"], "steps": given["num_steps"]}
-    config = _describe(model, run_folder(run).name)
-    config |= dict(network=network.name, solver=solver, self_test=test)
-    config |= dict(settings=settings | dict(seed=given["seed"], count=8))
+    settings = dict(guidance=given["cfg_scale"], steps=given["num_steps"], seed=given["seed"], count=8)
+    config = _describe(model, run_folder(run).name) | dict(network=network.name, solver=solver)
+    config |= dict(settings={"class": model.classes[0]} | settings, self_test=test)
     shutil.copytree(resources_folder()/"nbs"/"page", folder, dirs_exist_ok=True)
     atomic_write(folder/"page.json", json.dumps(config, indent=1) + "\n")
     for old in set(folder.glob("network-*.onnx")) - {network}:
@@ -242,16 +240,11 @@ def write_page(
     return folder
 
 # %% ../nbs/13_export.ipynb #c27
-class _Parser(ArgumentParser):
-    "An argument parser whose errors are ParameterErrors."
-    def error(self, message):
-        raise ParameterError(message)
-
 def main(
     words:list, # a command line: [RUN] [--file FILE] [--weights fp16] [--cfg-scale 1.5] [--num-steps 8] ...
 ):
     "Write the page of a run: what `python -m tinycats.export` does; errors end it in one line."
-    parser = _Parser(prog="python -m tinycats.export", description=write_page.__doc__)
+    parser = ParameterParser(prog="python -m tinycats.export", description=write_page.__doc__)
     run = os.environ.get("TINYCATS_RUN", "demo")
     parser.add_argument("run", nargs="?", default=run, help=f"the name of a run; {run}")
     parser.add_argument("--file", help="other weights of the run: .safetensors, or a checkpoint")
