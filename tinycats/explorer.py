@@ -9,7 +9,7 @@ __all__ = ['DRAFT_STEPS', 'sample_with_callback', 'count_evaluations', 'select_w
            'ControlPanel', 'Explorer']
 
 # %% ../nbs/08_explorer.ipynb #c02
-import base64, html, io, json, random, threading, time
+import base64, html, io, json, os, random, threading, time
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -514,6 +514,8 @@ class Explorer(w.HBox):
         self.panel.random_button.on_click(self.randomize)
         self.panel.save_button.on_click(self.save)
         self.set(**settings)
+        if os.environ.get("SERVER_SOFTWARE", "").startswith("voila"):
+            self.wait() # the page attaches when all cells have run, and would miss what changes meanwhile
 
     @property
     def settings(self) -> dict:
