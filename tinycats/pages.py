@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPIN_COUNT', 'REPORTS', 'EXPECTED_ERRORS', 'read_yaml', 'read_params_file', 'ParameterParser', 'parse_papermill_args',
-           'limit_spinning', 'report_path', 'run_page', 'resources_folder', 'plan_page', 'main']
+           'limit_spinning', 'report_path', 'run_page', 'resources_folder', 'plan_page', 'add_recipe', 'main']
 
 # %% ../nbs/12_pages.ipynb #c02
 import os, shlex, sys
@@ -168,6 +168,22 @@ def plan_page(
     return source, report_path(outputs, source.stem, run), {name: values[name] for name in given}
 
 # %% ../nbs/12_pages.ipynb #c18
+def add_recipe(
+    source:Path, # the notebook
+    params:dict, # {name: value}, checked
+    run:str, # the name of the run
+) -> dict: # {name: value}
+    "For a folder of one's own pictures, choose what was not given, and say so; others stay as they are."
+    if source.stem != "train" or params.get("data") != "folder":
+        return params
+    limit_spinning() # before PyTorch is loaded
+    from tinycats.recipe import choose_recipe
+    from tinycats.runs import read_config
+    chosen, lines = choose_recipe(params, read_config(run))
+    print(*lines, sep="\n", flush=True)
+    values = check_params(params | chosen, notebook_params(source))
+    return {name: values[name] for name in [*params, *chosen]}
+
 EXPECTED_ERRORS = ("ParameterError", "CheckpointError", "KeyboardInterrupt", "SystemExit") # said in one line
 
 def main(
@@ -178,6 +194,7 @@ def main(
     words = [*words, *shlex.split(os.environ.get("TINYCATS_ARGS", ""))]
     try:
         source, target, params = plan_page(words, os.environ.get("TINYCATS_RUN"))
+        params = add_recipe(source, params, target.parent.name)
         run_page(source, target, params)
     except (ParameterError, OSError) as e:
         raise SystemExit(" ".join(str(e).split())) from None

@@ -57,7 +57,7 @@ CfgScale = Annotated[float, Field(ge=0, le=1_000, description="a number from 0 t
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-DataName = Literal["toy", "pets", "heads"]
+DataName = Literal["toy", "pets", "heads", "folder"]
 Prediction = Literal["clean", "velocity"]
 TimeSampling = Literal["logit_normal", "uniform"]
 Solver = Literal["euler", "heun", "ab2"]

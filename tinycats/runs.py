@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EVALUATION_DEFAULTS', 'run_folder', 'find_runs', 'read_config', 'read_records', 'list_weights', 'parameter_errors',
-           'load_checkpoint_models', 'load_run', 'EvalData', 'eval_data', 'data_settings', 'split_halves',
-           'pick_classes', 'read_results', 'round_scores', 'file_sha256', 'comparison_table', 'evaluation_name',
-           'prepare_evaluation']
+           'load_checkpoint_models', 'load_run', 'training_data', 'EvalData', 'eval_data', 'data_settings',
+           'split_halves', 'pick_classes', 'read_results', 'round_scores', 'file_sha256', 'comparison_table',
+           'evaluation_name', 'prepare_evaluation']
 
 # %% ../nbs/11_runs.ipynb #c02
 import hashlib, json, re
@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 from .checkpoint import list_checkpoints, load_checkpoint
 from .core import stream_seed
-from .data import BREEDS, load_eval_pets
+from .data import BREEDS, crop_for_evaluation, load_eval_pets, load_pets
 from .dit import TinyDiT, build_model, check_weights, load_model
 from .ema import EMA
+from .folder import load_folder
 from .params import ParameterError
 from .toy import TOY_CLASSES, toy_cats
 from .util import find_path, project_root, read_json
@@ -179,6 +180,26 @@ def load_run(
     return model.to(device).eval()
 
 # %% ../nbs/11_runs.ipynb #c33
+def training_data(
+    data:str, # toy, pets, heads or folder
+    image_size:int, # side of the images in pixels
+    data_root:str|Path="data", # as for `eval_data`
+    seed:int=0, # of the run
+    toy_images:int=3900, # number of toy images
+    skip_broken:bool=False, # folder: leave out pictures that cannot be decoded?
+) -> tuple: # images uint8 (n, 3, side, side), labels int64 (n,), names of classes
+    "What a network is trained on: toy cats of its size, photographs 9/8 as large; errors as `eval_data`."
+    if data == "toy":
+        return *toy_cats(toy_images, image_size, seed=stream_seed(seed, "train")), list(TOY_CLASSES)
+    with parameter_errors("data_root", str(data_root)):
+        if data == "folder":
+            found = load_folder(data_root, image_size*9//8, skip_broken=skip_broken)
+            print(found.report())
+            return *found.split(False), found.classes
+        pets = load_pets(data_root, "trainval", image_size*9//8, heads=data == "heads")
+    return *pets, list(BREEDS)
+
+# %% ../nbs/11_runs.ipynb #c35
 class EvalData(NamedTuple):
     "The real images that generated ones are compared with: pairs of uint8 (n, 3, side, side) and int64 (n,)."
     training:tuple # of the network's image size
@@ -187,12 +208,13 @@ class EvalData(NamedTuple):
     classes:list # names of the classes
 
 def eval_data(
-    data:str, # toy, pets or heads
+    data:str, # toy, pets, heads or folder
     image_size:int, # side of the images in pixels
-    data_root:str|Path="data", # the folder that holds oxford-iiit-pet
+    data_root:str|Path="data", # the folder that holds oxford-iiit-pet; or that of your own pictures
     seed:int=0, # of the run
     toy_images:int=3900, # number of toy images that the run was trained on
-    heldout:int=1300, # number of held-out toy images; of pets it is all that are held out
+    skip_broken:bool=False, # folder: leave out pictures that cannot be decoded?
+    heldout:int=1300, # number of held-out toy images; of others it is all that are held out
     fresh:bool=False, # toy: other images in place of those that the run was trained on
     dogs:bool=False, # pets: with dogs, as class Other
 ) -> EvalData:
@@ -203,26 +225,31 @@ def eval_data(
         unseen = toy_cats(heldout, image_size, seed=stream_seed(seed, "held-out"))
         return EvalData(training, unseen, uncropped=training, classes=list(TOY_CLASSES))
     with parameter_errors("data_root", str(data_root)):
+        if data == "folder":
+            found = load_folder(data_root, image_size*9//8, skip_broken=skip_broken)
+            cropped = crop_for_evaluation(found.split(False), found.split(True), image_size)
+            return EvalData(*cropped, classes=found.classes)
         pets = load_eval_pets(data_root, image_size, dogs=dogs, heads=data == "heads")
     return EvalData(*pets, classes=list(BREEDS))
 
-# %% ../nbs/11_runs.ipynb #c38
+# %% ../nbs/11_runs.ipynb #c40
 def data_settings(
     run:str|Path, # as for `run_folder`
     model:TinyDiT|None=None, # as from `load_run`: its metadata may say more
-    data:str|None=None, # toy, pets or heads; None: what the run was trained on
-    data_root:str|None=None, # the folder that holds oxford-iiit-pet; None: that of the run
-) -> dict: # the arguments data, data_root, seed and toy_images of `eval_data`
+    data:str|None=None, # toy, pets, heads or folder; None: what the run was trained on
+    data_root:str|None=None, # the folder of the images; None: that of the run
+) -> dict: # the arguments data, data_root, seed, toy_images and skip_broken of `eval_data`
     "What a run was trained on; a ParameterError if nothing says so."
     config = read_config(run)
     data = data or config.get("data") or getattr(model, "metadata", {}).get("data")
     if not data:
         raise ParameterError(f"data=None: neither {run_folder(run)} nor its weights say what they were "
-                             "trained on; give data=toy, pets or heads")
+                             "trained on; give data=toy, pets, heads or folder")
     return dict(data=data, data_root=data_root or config.get("data_root", "data"),
-                seed=config.get("seed", 0), toy_images=config.get("toy_images", 3900))
+                seed=config.get("seed", 0), toy_images=config.get("toy_images", 3900),
+                skip_broken=config.get("skip_broken", False))
 
-# %% ../nbs/11_runs.ipynb #c41
+# %% ../nbs/11_runs.ipynb #c43
 def split_halves(
     pair:tuple, # images (n, ...) and labels (n,)
 ) -> tuple: # two such pairs
@@ -241,7 +268,7 @@ def pick_classes(
                                  f"There are {', '.join(classes)}")
     return sorted(classes.index(name) for name in set(names))
 
-# %% ../nbs/11_runs.ipynb #c44
+# %% ../nbs/11_runs.ipynb #c46
 def read_results(
     path:str|Path, # a JSON file
     settings:dict, # of the results that are to be added
@@ -265,7 +292,7 @@ def read_results(
                                  f"choose another name, or remove {path.parent}")
     return found
 
-# %% ../nbs/11_runs.ipynb #c47
+# %% ../nbs/11_runs.ipynb #c49
 def round_scores(
     found:dict, # {name: number or None}
 ) -> dict: # the same with six decimals
@@ -278,7 +305,7 @@ def file_sha256(
     "The SHA-256 of a file."
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-# %% ../nbs/11_runs.ipynb #c50
+# %% ../nbs/11_runs.ipynb #c52
 def _cell(value, form):
     return "" if value is None else f"{value:{form}}"
 
@@ -295,7 +322,7 @@ def comparison_table(
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
-# %% ../nbs/11_runs.ipynb #c54
+# %% ../nbs/11_runs.ipynb #c56
 EVALUATION_DEFAULTS = dict( # of evaluate.ipynb; what differs from them is part of the folder's name
     weights=None, ema=None, raw=False, classes=[],
     samples=20, num_steps=12, cfg_scale=1.5, cfg_interval=[0., 1.], solver="ab2", seed=0, precision="auto",
@@ -315,7 +342,7 @@ def evaluation_name(
     changed = {name: v for name, v in settings.items() if v != EVALUATION_DEFAULTS[name]}
     return f"step_{step:07d}" + "".join(f"-{name}_{_short(value)}" for name, value in changed.items())
 
-# %% ../nbs/11_runs.ipynb #c58
+# %% ../nbs/11_runs.ipynb #c60
 def prepare_evaluation(
     run:str, # name of the run
     model:TinyDiT, # as from `load_run`
