@@ -25,7 +25,7 @@ import torch
 from helpers import needs_chromium
 from PIL import Image
 
-from tinycats.dit import load_model, save_model
+from tinycats.dit import TinyDiT, load_model, save_model
 from tinycats.explorer import generate_from_settings, image_settings, sheet
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -33,6 +33,7 @@ pytestmark = needs_chromium
 
 ROOT = Path(__file__).resolve().parents[1]
 DONE = "finished after"
+FRUIT = ["Granny Smith", "conférence", "<b>plum & co</b>"]  # names of folders
 LAB_SETTINGS = {"notification": dict(fetchNews="false", checkForUpdates=False, doNotDisturbMode=True)}
 IDLE = "Python 3 (ipykernel) | Idle"
 
@@ -61,9 +62,9 @@ STOPWATCH = """() => {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    "A project of its own: the page, the bundled weights, and a run that has raw weights too."
+    "A project of its own: the page, the bundled weights, a run that has raw weights too, one of own classes."
     home = tmp_path_factory.mktemp("browser")
-    for name in ("nbs", "outputs/toy", "outputs/both"):
+    for name in ("nbs", "outputs/toy", "outputs/both", "outputs/fruit"):
         (home/name).mkdir(parents=True)
     (home/"settings.ini").touch()
     shutil.copy(ROOT/"nbs/explore.ipynb", home/"nbs")
@@ -75,6 +76,9 @@ def home(tmp_path_factory):
         for p in raw.parameters():
             p += .15*p.std(correction=0)*torch.randn(p.shape, generator=generator)
     save_model(raw, home/"outputs/both/model.safetensors")
+    fruit = TinyDiT(16, patch_size=8, dim=32, depth=1, num_heads=2, num_classes=len(FRUIT))
+    fruit.classes = FRUIT
+    save_model(fruit, home/"outputs/fruit/ema.safetensors")
     return home
 
 
@@ -367,10 +371,18 @@ def check_another_run(page, home, scale):
     page.finished("4 × Persian", "ema beside raw")
     settings = dict(run="outputs/both", weights=["ema", "raw"], class_name="Persian", n=4, cfg_scale=scale)
     check(page, home, **settings)
+    page.write("run", "outputs/fruit")
+    page.finished("4 × Granny Smith", "outputs/fruit")
+    options = page.page.get_by_label("class", exact=True).locator("option").all_inner_texts()
+    assert [name.replace("\xa0", " ") for name in options] == FRUIT
+    page.choose("class", options[2])
+    page.finished(f"4 × {FRUIT[2]}")
 
 
 def check_latency(page):
     page.write("run", "outputs/toy")
+    page.finished("4 × Abyssinian", "outputs/toy")
+    page.choose("class", "Persian")
     page.drag("images", 7/15)
     page.finished("8 × Persian", "12 ab2 steps", "ema of outputs/toy")
     first, final = latency(page, 4)

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from helpers import has_shared, shared
+from test_folder import write_pictures
 from tinycats import cloud
 from tinycats.checkpoint import list_checkpoints
 from tinycats.data import BREEDS
@@ -274,6 +275,28 @@ def test_failed_cell_then_time_limit_then_nothing_to_do(tmp_path, pets, undistur
     assert "steps/s" not in done.stdout
     assert before == contents(volume(tmp_path))
     assert_same(complete_weights(tmp_path/"home"/"outputs"/"d"), undisturbed["weights"])
+
+
+def test_pictures_of_ones_own(tmp_path):
+    """A folder is packed and uploaded once; a second run finds it there; both know its classes, and an
+    evaluation in the cloud finds the pictures of its run."""
+    write_pictures(tmp_path/"home/mine", 3, 6)
+    words = flags(**TOY | dict(data="folder", data_root="mine", steps=4, sample_every=0))
+    for run, state in (("one", "uploading"), ("two", "in the volume")):
+        summary, done = run_offline(tmp_path, PYTHON, "--run", run, *words)
+        assert summary["exit"] == 0, done.stdout + done.stderr
+        assert "mine: 18 pictures: Sort 00 6, Sort 01 6, Sort 02 6; 6 held out" in done.stdout
+        assert state in done.stdout
+        config = json.loads((tmp_path/"home/outputs"/run/"config.json").read_text())
+        assert config["classes"] == ["Sort 00", "Sort 01", "Sort 02"]
+        assert config["data_root"] == "mine"
+    (packed,) = volume(tmp_path, cloud.DATA_VOLUME).glob("folders/*")
+    assert (volume(tmp_path)/"one/.pictures").read_text() == packed.stem
+    quick = flags(run="one", samples=1, num_steps=2, fid="false", precision="fp32")
+    summary, done = run_offline(tmp_path, PYTHON, "--notebook", "evaluate", *quick)
+    assert summary["exit"] == 0, done.stdout + done.stderr
+    (scores,) = (tmp_path/"home/outputs/one").glob("evaluation/*/scores.json")
+    assert set(json.loads(scores.read_text())["class_accuracy_by_class"]) == {"Sort 00", "Sort 01", "Sort 02"}
 
 
 def test_python_detaches(tmp_path):

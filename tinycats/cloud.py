@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['WORKDIR', 'OUTPUTS_VOLUME', 'DATA_VOLUME', 'NOTEBOOKS', 'PEAK_TFLOPS', 'PRICES', 'PRICES_OF', 'GPU_ALIASES',
-           'UTILISATION', 'MIN_STEP_S', 'Gpu', 'Timeout', 'MaxRetries', 'app', 'image', 'outputs_volume', 'data_volume',
-           'NON_RETRYABLE', 'DOWNLOAD', 'image_spec', 'estimate', 'parse_args', 'describe_plan', 'commit',
-           'graceful_interrupt', 'train', 'evaluate', 'prepare', 'refuse_overwrite', 'pull', 'main', 'run_cli']
+           'UTILISATION', 'MIN_STEP_S', 'Gpu', 'Timeout', 'MaxRetries', 'GPU_STEP_S', 'app', 'image', 'outputs_volume',
+           'data_volume', 'NON_RETRYABLE', 'DOWNLOAD', 'image_spec', 'estimate', 'parse_args', 'describe_plan',
+           'commit', 'graceful_interrupt', 'train', 'evaluate', 'prepare', 'store_pictures', 'refuse_overwrite', 'pull',
+           'main', 'run_cli']
 
 # %% ../nbs/09_cloud.ipynb #c02
-import json, os, shlex, shutil, subprocess, sys, threading, uuid
+import hashlib, json, os, shlex, shutil, subprocess, sys, tempfile, threading, uuid
 from argparse import Namespace, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
@@ -23,7 +24,8 @@ from pydantic import AfterValidator, Field
 
 from .pages import ParameterParser, read_yaml, report_path, resources_folder, run_page
 from .params import ParameterError, RunName, check_params, notebook_params
-from .util import catch_signals, find_path, partial_path, project_root, train_flops
+from .util import (
+    atomic_write, catch_signals, find_path, partial_path, project_root, train_flops)
 
 # %% ../nbs/09_cloud.ipynb #c05
 WORKDIR = "/cats" # the working folder in the container
@@ -166,6 +168,20 @@ def _check_runs(plan):
             f"run={run!r} is there {runs.count(run)} times: in a sweep each set needs a run of its own")
 
 # %% ../nbs/09_cloud.ipynb #c22
+GPU_STEP_S = .024 # seconds of a step for which a recipe is made: 20,000 steps
+
+def _add_recipe(given, declared):
+    "For a folder of one's own pictures, what was not given is chosen here; other parameters stay as they are."
+    values = check_params(given, declared)
+    if values["data"] != "folder":
+        return given
+    import torch
+    from tinycats.recipe import choose_recipe
+    checked = {name: values[name] for name in given}
+    chosen, lines = choose_recipe(checked, {}, torch.device("cuda"), GPU_STEP_S)
+    print(*lines, sep="\n", flush=True)
+    return given | chosen
+
 def parse_args(
     words:list, # a command line, such as ["--run", "big", "--steps", "500"]
 ) -> Namespace: # the flags; sets: what each container is given; values: every parameter of each
@@ -182,6 +198,8 @@ def parse_args(
     base = _read_yaml(plan.params, dict) if plan.params else {}
     entries = _read_yaml(plan.sweep, list) if plan.sweep else [{}]
     sets = [base | entry | given for entry in entries]
+    if plan.notebook == "train":
+        sets = [_add_recipe(chosen, declared) for chosen in sets]
     plan.values = [check_params(chosen, declared) for chosen in sets]
     names = [dict.fromkeys(["run", *chosen]) for chosen in sets]
     plan.sets = [{n: values[n] for n in chosen} for chosen, values in zip(names, plan.values)]
@@ -371,8 +389,34 @@ def _set_up_container(call, needs_pets):
     if needs_pets:
         _unpack_data()
 
+def _link_folder(folder, data_root, name):
+    "In a container: put packed pictures where the run expects its folder, and note which they are."
+    note = folder/".pictures"
+    name = name or (note.read_text() if note.is_file() else "")
+    stored = Path(WORKDIR)/"store"/"folders"/f"{name}.safetensors"
+    if not stored.is_file():
+        raise ParameterError(f"data_root={data_root!r}: its pictures are not in the volume {DATA_VOLUME}; train "
+                             "a run on them first, with --data folder")
+    place = project_root()/Path(data_root).expanduser()
+    if place.is_symlink(): # of an earlier run in this container
+        place.unlink()
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(stored)
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(name)
+
+def _provide_data(folder, values, call, pictures):
+    "In a container: what the run is trained on, where the notebook looks for it."
+    config = _read_config(folder)
+    data = values.get("data") or config.get("data")
+    _set_up_container(call, data in ("pets", "heads"))
+    if data == "folder":
+        data_root = values.get("data_root") or config.get("data_root", "data")
+        _link_folder(folder, data_root, pictures.get(values["run"]))
+
 # %% ../nbs/09_cloud.ipynb #c55
-def _run(notebook, params, call):
+def _run(notebook, params, call, pictures):
     "What `train` and `evaluate` do, in their container or here."
     remote = not modal.is_local()
     try:
@@ -383,9 +427,11 @@ def _run(notebook, params, call):
     report = report_path(folder.parent, notebook, folder.name)
     if notebook == "train" and _is_complete(folder, values):
         return dict(run=values["run"], error=None, step=values["steps"])
-    if remote:
-        data = values.get("data") or _read_config(folder).get("data")
-        _set_up_container(call, data in ("pets", "heads"))
+    try:
+        if remote:
+            _provide_data(folder, values, call, pictures or {})
+    except ParameterError as e:
+        return dict(run=values["run"], error=f"ParameterError: {e}", step=None)
     if remote and notebook == "train" and (error := _error_if_in_use(folder, outputs_volume.reload)):
         return dict(run=values["run"], error=error, step=None)
     with _periodic_commits(outputs_volume if remote else None):
@@ -396,17 +442,19 @@ def _run(notebook, params, call):
 def train(
     params:dict, # {name: value} for train.ipynb; at least its run
     call:str="", # the name of this call, the same for each attempt at it; "" for Modal's own
+    pictures:dict|None=None, # {run: name of packed pictures in the data volume}
 ) -> dict: # run, step, and the error if it failed for good
     "Run train.ipynb through papermill into outputs/<run>/, resuming it; a complete run returns immediately."
-    return _run("train", params, call)
+    return _run("train", params, call, pictures)
 
 @app.function(**_CONTAINER)
 def evaluate(
     params:dict, # {name: value} for evaluate.ipynb; at least its run
     call:str="", # as for `train`
+    pictures:dict|None=None, # as for `train`; None: those that the run was trained on
 ) -> dict: # as `train`
     "Run evaluate.ipynb on a run that is in the volume."
-    return _run("evaluate", params, call)
+    return _run("evaluate", params, call, pictures)
 
 # %% ../nbs/09_cloud.ipynb #c57
 DOWNLOAD = """import sys
@@ -453,6 +501,57 @@ def prepare(
         data_volume.commit()
 
 # %% ../nbs/09_cloud.ipynb #c60
+@app.function(**_CONTAINER | dict(timeout=3600))
+def store_pictures(
+    name:str, # as from `_pack_pictures`
+    content:bytes, # a file of `pack_folder`
+) -> None:
+    "Keep packed pictures in the data volume."
+    folder = Path(WORKDIR)/"store"/"folders"
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder/f"{name}.safetensors", content)
+    if not modal.is_local():
+        data_volume.commit()
+
+def _pack_pictures(values):
+    "The pictures of a run's folder as one file: its name, its content, and a line about it."
+    from tinycats.folder import load_folder, pack_folder
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)/"packed.safetensors"
+        try:
+            found = load_folder(values["data_root"], values["image_size"]*9//8,
+                                skip_broken=values["skip_broken"])
+        except (OSError, ValueError) as e:
+            raise ParameterError(f"data_root={values['data_root']!r}: {e}") from None
+        pack_folder(found, path)
+        content = path.read_bytes()
+    size = f"{len(content)/1e6:.1f} MB, squares of {found.images.shape[-1]} pixels"
+    return hashlib.sha256(content).hexdigest()[:16], content, f"{found.report()} ({size})"
+
+def _stored_pictures():
+    "The names of packed pictures in the data volume."
+    try:
+        entries = modal.Volume.from_name(DATA_VOLUME).iterdir("folders")
+        return {Path(entry.path).stem for entry in entries}
+    except modal.exception.NotFoundError:
+        return set()
+
+def _upload_pictures(plan):
+    "Bring the folders of all runs into the data volume: {run: name of the packed pictures}."
+    names, stored = {}, None
+    for values in plan.values:
+        if plan.notebook != "train" or values["data"] != "folder":
+            continue
+        name, content, line = _pack_pictures(values)
+        stored = _stored_pictures() if stored is None else stored
+        print(f"{values['data_root']}: {line}, {'in the volume' if name in stored else 'uploading'}", flush=True)
+        if name not in stored:
+            store_pictures.remote(name, content)
+            stored.add(name)
+        names[values["run"]] = name
+    return names
+
+# %% ../nbs/09_cloud.ipynb #c62
 def refuse_overwrite(
     run:str, # the name of a run
 ):
@@ -472,7 +571,7 @@ def _list_run(run):
             f"run={run!r}: there is no such run in the volume {OUTPUTS_VOLUME}; "
             f"`modal volume ls {OUTPUTS_VOLUME}` lists them") from None
 
-# %% ../nbs/09_cloud.ipynb #c61
+# %% ../nbs/09_cloud.ipynb #c63
 def _is_wanted(entry, checkpoints):
     "Whether an entry of a volume is a file to download."
     is_file = entry.type == modal.volume.FileEntryType.FILE
@@ -499,7 +598,7 @@ def _download(entry, target):
     os.utime(part, (entry.mtime, entry.mtime))
     os.replace(part, target)
 
-# %% ../nbs/09_cloud.ipynb #c62
+# %% ../nbs/09_cloud.ipynb #c64
 def pull(
     run:str, # the name of a run in the cloud
     checkpoints:bool=False, # download these too
@@ -516,7 +615,7 @@ def pull(
     (home/run/".cloud").touch()
     return home/run
 
-# %% ../nbs/09_cloud.ipynb #c65
+# %% ../nbs/09_cloud.ipynb #c67
 def _check_outputs(plan):
     "Refuse what would overwrite a run of this computer."
     for given in plan.sets:
@@ -542,13 +641,13 @@ def _bring_home(run, result):
     print(f"{run}: {outcome} {folder}", flush=True)
     return error
 
-# %% ../nbs/09_cloud.ipynb #c66
+# %% ../nbs/09_cloud.ipynb #c68
 def _submit(plan, detach):
     "Inside the running app: start the containers; unless detached, wait and download."
     runs = [given["run"] for given in plan.sets]
     function = {"train": train, "evaluate": evaluate}[plan.notebook].with_options(
         gpu=plan.gpu, timeout=plan.timeout, retries=_retry_policy(plan.retries))
-    options = dict(call=uuid.uuid4().hex)
+    options = dict(call=uuid.uuid4().hex, pictures=_upload_pictures(plan))
     with_pets = [v for v in plan.values if v.get("data") in ("pets", "heads") and "image_size" in v]
     for size in {values["image_size"]*9//8 for values in with_pets}:
         prepare.remote(size)
@@ -562,7 +661,7 @@ def _submit(plan, detach):
     if failed:
         raise RuntimeError("; ".join(failed))
 
-# %% ../nbs/09_cloud.ipynb #c68
+# %% ../nbs/09_cloud.ipynb #c70
 @contextmanager
 def _one_line_errors():
     "Inside, an expected error, or Ctrl-C, ends the program with one line."
@@ -597,7 +696,7 @@ def main(*words:str):
         print(*_describe_estimate(plan), sep="\n", flush=True)
         _submit(plan, bool(context and context.obj and context.obj.get("detach")))
 
-# %% ../nbs/09_cloud.ipynb #c69
+# %% ../nbs/09_cloud.ipynb #c71
 def _pull_cli(words):
     parser = _Parser(prog="python -m tinycats.cloud pull", add_help=False)
     parser.add_argument("run")

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'HELD_OUT', 'NEAR_DUPLICATE', 'MAX_COMPARED', 'find_pictures', 'open_picture', 'to_square',
            'near_duplicate_groups', 'hold_out', 'check_memory', 'user_cache', 'cache_path', 'read_cache', 'write_cache',
-           'decode_pictures', 'name_broken', 'PictureFolder', 'load_folder']
+           'decode_pictures', 'name_broken', 'PictureFolder', 'pack_folder', 'load_folder']
 
 # %% ../nbs/14_folder.ipynb #c02
-import hashlib, os, tempfile, warnings
+import hashlib, json, os, tempfile, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -321,17 +321,43 @@ def _decode_folder(paths, root, size, background, skip_broken):
     return dict(images=images[good] if broken else images, good=good, hashes=hashes[good])
 
 # %% ../nbs/14_folder.ipynb #c37
+def pack_folder(
+    found:PictureFolder, # as from `load_folder`
+    path:str|Path, # the target, ending in .safetensors
+):
+    "Write the squares of a folder into one file, which `load_folder` reads as the folder itself."
+    from safetensors.torch import save_file
+    tensors = {name: getattr(found, name) for name in ("images", "labels", "held_out", "groups")}
+    names = json.dumps(dict(classes=found.classes, paths=found.paths))
+    save_file(tensors, path, dict(names=names)) # one entry: the order of several would change from file to file
+
+def _read_packed(path, size):
+    "A folder from the file that `pack_folder` wrote."
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as f:
+            names = json.loads(f.metadata()["names"])
+            found = PictureFolder(**{name: f.get_tensor(name) for name in f.keys()}, **names)
+    except (SafetensorError, TypeError, ValueError, KeyError):
+        raise ValueError(f"{path} holds no packed pictures: name a folder, or a file of pack_folder") from None
+    if found.images.shape[-1] != size:
+        stored = found.images.shape[-1]
+        raise ValueError(f"{path} holds squares of {stored} pixels, not {size}: pack the folder at that size")
+    return found
+
 def load_folder(
-    root:str|Path, # <root>/<class>/*.jpg, or pictures without classes; relative to `project_root()`
+    root:str|Path, # <root>/<class>/*.jpg, or as for `find_pictures`; or a file from `pack_folder`
     size:int=64, # side of the squares in pixels
     background:str="white", # behind transparent parts: a name or "#rrggbb"
     skip_broken:bool=False, # leave out files that cannot be decoded?
     cache:str|Path|None=None, # folder for decoded pictures; None: the user's cache folder
 ) -> PictureFolder:
     "Pictures of a folder as squares with labels, a tenth of them held out; one line says what is wrong."
+    root = project_root()/Path(root).expanduser()
+    if root.resolve().suffix == ".safetensors":
+        return _read_packed(root, size)
     paths, labels, classes = find_pictures(root)
     check_memory(len(paths), size)
-    root = project_root()/Path(root).expanduser()
     source = _hash_files(paths, root, background, skip_broken)
     path = cache_path(root, f"folder-{size}", cache)
     found = read_cache(path, source)

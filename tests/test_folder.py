@@ -1,0 +1,156 @@
+"""Folders of one's own pictures, with 1, 3, 20 and 37 classes, from training to the explorer; and through the
+command line, which chooses a recipe."""
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from test_evaluate import cells
+
+from tinycats import pages
+from tinycats.checkpoint import list_checkpoints
+from tinycats.dit import load_model
+from tinycats.explorer import Explorer
+from tinycats.params import ParameterError
+
+TINY = dict(data="folder", image_size=16, patch_size=8, dim=32, depth=1, num_heads=2, steps=30, batch_size=8,
+            warmup_steps=5, log_every=10, sample_every=0, checkpoint_every=10, samples=2, num_steps=2,
+            device="cpu", precision="fp32", cfg_scale=1.5)
+EVALUATION = dict(samples=2, num_steps=2, device="cpu", precision="fp32", fid=False)
+
+
+def class_names(k):
+    return [f"Sort {i:02d}" for i in range(k)]
+
+
+def write_pictures(root, k, per_class, seed=0):
+    "A folder of `k` classes, each of its own brightness, with noise that makes every picture another one."
+    generator = torch.Generator().manual_seed(seed)
+    for c, name in enumerate(class_names(k)):
+        (root/name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = torch.randint(0, 60, (20, 24, 3), generator=generator) + 190*c//max(1, k)
+            Image.fromarray(pixels.to(torch.uint8).numpy()).save(root/name/f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "An empty project; the test runs in it, with a cache of its own."
+    (tmp_path/"settings.ini").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path/"cache"))
+    return tmp_path
+
+
+def check_explorer(run, names):
+    "The explorer offers the classes of the run, and samples the last of them."
+    explorer = Explorer(run=run, class_name=names[-1], n=1, num_steps=2)
+    try:
+        assert explorer.wait()
+        assert explorer.panel.classes == names
+        assert "finished after" in explorer.view.status.value, explorer.view.status.value
+        assert names[-1] in explorer.view.status.value
+    finally:
+        explorer.close()
+
+
+@pytest.mark.parametrize("k, per_class", [(1, 24), (3, 8), (20, 4), (37, 4)])
+def test_any_number_of_classes(k, per_class, project):
+    write_pictures(project/"mine", k, per_class)
+    params = TINY | dict(run="own", data_root=str(project/"mine"))
+    trained = cells("train", **params)
+    names = class_names(k) if k > 1 else ["Sort 00"]
+    folder = project/"outputs/own"
+    model = load_model(folder)
+    assert model.classes == names
+    assert json.loads((folder/"config.json").read_text())["classes"] == names
+    assert sorted(p.name for p in (folder/"samples/final").iterdir() if p.is_dir()) == names
+    assert trained["trainer"].step == 30
+
+    evaluated = cells("evaluate", run="own", **EVALUATION)
+    assert evaluated["real"].classes == names
+    assert len(evaluated["real"].heldout[1].unique()) == k
+    scores = json.loads(next((folder/"evaluation").glob("*/scores.json")).read_text())
+    assert set(scores["class_accuracy_by_class"]) == set(names)
+    check_explorer("outputs/own", names)
+
+    shutil.copytree(folder, project/"outputs/other")
+    swept = cells("sweep", runs=["own", "other"], per_class=1, num_steps=2)
+    assert swept["runs"] == ["own", "other"]
+
+    before = load_model(folder/"model.safetensors").state_dict()
+    for path in list_checkpoints(folder/"checkpoints").values():
+        if path.name != "step_0000020.pt":
+            path.unlink()
+    resumed = cells("train", **params)
+    assert resumed["trainer"].step == 30
+    assert all(torch.equal(value, before[name]) for name, value in resumed["model"].state_dict().items())
+
+
+def test_another_folder_of_as_many_classes_is_told_from_the_first(project):
+    write_pictures(project/"mine", 3, 6)
+    write_pictures(project/"other", 3, 6, seed=1)
+    cells("train", **TINY | dict(run="own", data_root="mine", steps=20))
+    with pytest.raises(ValueError, match="the images differ from those that the run .* began with"):
+        cells("train", **TINY | dict(run="own", data_root="other", steps=20))
+    (project/"mine/Sort 00").rename(project/"mine/Another")
+    with pytest.raises(ValueError, match="classes is .*Another"):
+        cells("train", **TINY | dict(run="own", data_root="mine", steps=20))
+    with pytest.raises(ParameterError, match="its classes are Another"):
+        cells("evaluate", run="own", **EVALUATION)
+
+
+def test_warm_start_with_other_classes(project):
+    write_pictures(project/"mine", 3, 8)
+    write_pictures(project/"more", 5, 8, seed=1)
+    cells("train", **TINY | dict(run="first", data_root="mine"))
+    first = load_model("outputs/first/ema.safetensors").state_dict()
+    begun = cells("train", **TINY | dict(run="second", data_root="more", init_from="outputs/first", steps=1,
+                                         warmup_steps=1, lr=1e-12, lr_min=0))
+    rows = begun["model"].state_dict()["y_embedder.weight"]
+    torch.testing.assert_close(rows[:3], first["y_embedder.weight"][:3])
+    torch.testing.assert_close(rows[4], first["y_embedder.weight"][:3].mean(0))
+    torch.testing.assert_close(rows[5], first["y_embedder.weight"][3])
+    with pytest.raises(ParameterError, match="give -p patch_size 8, or leave init_from out"):
+        cells("train", **TINY | dict(run="third", data_root="more", init_from="outputs/first", patch_size=4))
+    assert not (project/"outputs/third/checkpoints").exists()
+
+
+def test_a_recipe_is_chosen_and_kept(project, monkeypatch, capsys):
+    write_pictures(project/"mine", 2, 15)
+    words = ["train", "-p", "run", "own", "-p", "data", "folder", "-p", "data_root", "mine"]
+    quick = "-p steps 4 -p dim 32 -p depth 1 -p num_heads 2 -p samples 1 -p num_steps 2".split()
+    command = [sys.executable, "-m", "tinycats.pages", *words, *quick]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "30 pictures in 2 classes. Chosen for them" in done.stdout
+    assert "30 pictures: Sort 00 15, Sort 01 15; 4 held out" in done.stdout
+    config = json.loads((project/"outputs/own/config.json").read_text())
+    assert (config["image_size"], config["dropout"], config["augment_prob"]) == (48, .1, .15)
+    assert (config["dim"], config["steps"]) == (32, 4)  # as they were given
+    planned = []
+    monkeypatch.setattr(pages, "run_page", lambda source, target, params: planned.append(params))
+    pages.main(words)  # without the parameters that were given before
+    assert "as the run began" in capsys.readouterr().out
+    assert {name: config[name] for name in planned[0]} == planned[0]
+    assert {"steps", "dim", "dropout", "lr", "image_size"} <= set(planned[0])
+
+
+@pytest.mark.parametrize("words, message", [
+    (["-p", "data_root", "none"], "there is no folder"),
+    (["-p", "data_root", "empty"], "holds no pictures"),
+    (["-p", "data_root", "settings.ini"], "is a file: name the folder"),
+    (["-p", "data_root", "mine", "-p", "init_from", "outputs/never"], "no weights"),
+])
+def test_refused_in_one_line_before_any_work(words, message, project, monkeypatch):
+    write_pictures(project/"mine", 2, 4)
+    (project/"empty").mkdir()
+    monkeypatch.setattr(pages, "run_page", None)
+    with pytest.raises(SystemExit, match=message) as refused:
+        pages.main(["train", "-p", "data", "folder", *words])
+    assert "\n" not in str(refused.value)
+    assert not (project/"outputs").exists()
