@@ -25,19 +25,20 @@ TESTS = sorted((ROOT/"tests").glob("*.py")) + [ROOT/"setup.py"]
 # Which module may import which.
 ARROWS = dict(
     util="", core="", params="", flow="", ema="",
-    toy="core", data="util core", dit="util core", checkpoint="util",
+    toy="core", data="util core folder", folder="util metrics", dit="util core", checkpoint="util",
     trainer="util core params flow ema checkpoint",
     viz="util core flow", metrics="util core",
-    runs="util core params data toy dit ema checkpoint metrics viz",
-    explorer="util core dit flow viz runs", pages="util params",
-    export="util params flow runs pages", cloud="util params pages checkpoint")
+    runs="util core params data folder toy dit ema checkpoint metrics viz",
+    recipe="util core params dit flow folder runs",
+    explorer="util core dit flow viz runs", pages="util params recipe runs",
+    export="util params flow runs pages", cloud="util params pages checkpoint folder recipe")
 
 # What importing a module must not load.
 TOOLS = """nbdev fastcore execnb nbformat nbconvert nbclient jupyter_client jupyter_core jupyterlab
            papermill""".split()
 DISPLAY = "matplotlib IPython ipywidgets ipykernel torchvision".split()
 UNWANTED = {name: [*TOOLS, "modal"] for name in ARROWS}
-for name in "core data toy dit flow ema checkpoint trainer metrics".split():
+for name in "core data folder toy dit flow ema checkpoint trainer metrics".split():
     UNWANTED[name] += DISPLAY
 for name in ("util", "params", "pages"):
     UNWANTED[name] += [*DISPLAY, "torch", "numpy"]

@@ -5,8 +5,8 @@ __version__ = "0.1.0"
 
 # %% auto #0
 __all__ = ['ImageDataset', 'BREEDS', 'load_pets', 'toy_cats', 'TinyDiT', 'load_model', 'save_model', 'flow_loss', 'sample', 'EMA',
-           'Trainer', 'TrainConfig', 'show', 'image_grid', 'class_sheet', 'generate', 'load_run', 'export_onnx',
-           'write_page']
+           'Trainer', 'TrainConfig', 'show', 'image_grid', 'class_sheet', 'generate', 'load_run', 'load_folder',
+           'warm_start', 'export_onnx', 'write_page']
 
 # %% ../nbs/a4_package.ipynb #c03
 import importlib
@@ -17,12 +17,13 @@ _LAZY = dict(
     flow_loss="flow", sample="flow", EMA="ema",
     Trainer="trainer", TrainConfig="params",
     show="viz", image_grid="viz", class_sheet="viz", generate="viz",
-    load_run="runs", export_onnx="export", write_page="export",
+    load_run="runs", load_folder="folder", warm_start="recipe",
+    export_onnx="export", write_page="export",
 ) # {name: the module that defines it}
 
 _all_ = ["ImageDataset", "BREEDS", "load_pets", "toy_cats", "TinyDiT", "load_model", "save_model",
          "flow_loss", "sample", "EMA", "Trainer", "TrainConfig", "show", "image_grid", "class_sheet",
-         "generate", "load_run", "export_onnx", "write_page"]
+         "generate", "load_run", "load_folder", "warm_start", "export_onnx", "write_page"]
 
 def __getattr__(name):
     "Import a name from its module when it is first used."

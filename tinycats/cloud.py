@@ -171,7 +171,7 @@ def _check_runs(plan):
 GPU_STEP_S = .024 # seconds of a step for which a recipe is made: 20,000 steps
 
 def _add_recipe(given, declared):
-    "For a folder of one's own pictures, what was not given is chosen here; other parameters stay as they are."
+    "For a folder of one's own pictures, choose what was not given; others stay as they are."
     values = check_params(given, declared)
     if values["data"] != "folder":
         return given
@@ -395,8 +395,8 @@ def _link_folder(folder, data_root, name):
     name = name or (note.read_text() if note.is_file() else "")
     stored = Path(WORKDIR)/"store"/"folders"/f"{name}.safetensors"
     if not stored.is_file():
-        raise ParameterError(f"data_root={data_root!r}: its pictures are not in the volume {DATA_VOLUME}; train "
-                             "a run on them first, with --data folder")
+        raise ParameterError(f"data_root={data_root!r}: its pictures are not in the volume {DATA_VOLUME}; "
+                             "train a run on them first, with --data folder")
     place = project_root()/Path(data_root).expanduser()
     if place.is_symlink(): # of an earlier run in this container
         place.unlink()
@@ -528,6 +528,7 @@ def _pack_pictures(values):
     size = f"{len(content)/1e6:.1f} MB, squares of {found.images.shape[-1]} pixels"
     return hashlib.sha256(content).hexdigest()[:16], content, f"{found.report()} ({size})"
 
+# %% ../nbs/09_cloud.ipynb #c61
 def _stored_pictures():
     "The names of packed pictures in the data volume."
     try:
@@ -544,14 +545,15 @@ def _upload_pictures(plan):
             continue
         name, content, line = _pack_pictures(values)
         stored = _stored_pictures() if stored is None else stored
-        print(f"{values['data_root']}: {line}, {'in the volume' if name in stored else 'uploading'}", flush=True)
+        state = "in the volume" if name in stored else "uploading"
+        print(f"{values['data_root']}: {line}, {state}", flush=True)
         if name not in stored:
             store_pictures.remote(name, content)
             stored.add(name)
         names[values["run"]] = name
     return names
 
-# %% ../nbs/09_cloud.ipynb #c62
+# %% ../nbs/09_cloud.ipynb #c63
 def refuse_overwrite(
     run:str, # the name of a run
 ):
@@ -571,7 +573,7 @@ def _list_run(run):
             f"run={run!r}: there is no such run in the volume {OUTPUTS_VOLUME}; "
             f"`modal volume ls {OUTPUTS_VOLUME}` lists them") from None
 
-# %% ../nbs/09_cloud.ipynb #c63
+# %% ../nbs/09_cloud.ipynb #c64
 def _is_wanted(entry, checkpoints):
     "Whether an entry of a volume is a file to download."
     is_file = entry.type == modal.volume.FileEntryType.FILE
@@ -598,7 +600,7 @@ def _download(entry, target):
     os.utime(part, (entry.mtime, entry.mtime))
     os.replace(part, target)
 
-# %% ../nbs/09_cloud.ipynb #c64
+# %% ../nbs/09_cloud.ipynb #c65
 def pull(
     run:str, # the name of a run in the cloud
     checkpoints:bool=False, # download these too
@@ -615,7 +617,7 @@ def pull(
     (home/run/".cloud").touch()
     return home/run
 
-# %% ../nbs/09_cloud.ipynb #c67
+# %% ../nbs/09_cloud.ipynb #c68
 def _check_outputs(plan):
     "Refuse what would overwrite a run of this computer."
     for given in plan.sets:
@@ -641,7 +643,7 @@ def _bring_home(run, result):
     print(f"{run}: {outcome} {folder}", flush=True)
     return error
 
-# %% ../nbs/09_cloud.ipynb #c68
+# %% ../nbs/09_cloud.ipynb #c69
 def _submit(plan, detach):
     "Inside the running app: start the containers; unless detached, wait and download."
     runs = [given["run"] for given in plan.sets]
@@ -661,7 +663,7 @@ def _submit(plan, detach):
     if failed:
         raise RuntimeError("; ".join(failed))
 
-# %% ../nbs/09_cloud.ipynb #c70
+# %% ../nbs/09_cloud.ipynb #c71
 @contextmanager
 def _one_line_errors():
     "Inside, an expected error, or Ctrl-C, ends the program with one line."
@@ -696,7 +698,7 @@ def main(*words:str):
         print(*_describe_estimate(plan), sep="\n", flush=True)
         _submit(plan, bool(context and context.obj and context.obj.get("detach")))
 
-# %% ../nbs/09_cloud.ipynb #c71
+# %% ../nbs/09_cloud.ipynb #c72
 def _pull_cli(words):
     parser = _Parser(prog="python -m tinycats.cloud pull", add_help=False)
     parser.add_argument("run")

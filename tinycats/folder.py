@@ -47,7 +47,7 @@ def _list_folder(root):
     return folders, pictures
 
 def _check_classes(root, classes, pictures):
-    "Refuse class folders that cannot be told apart, or beside which pictures lie."
+    "Refuse class folders that differ only in case, or beside which pictures lie."
     folded = Counter(name.casefold() for name in classes)
     same = [name for name in classes if folded[name.casefold()] > 1]
     unprintable = [name for name in classes if not name.isprintable()]
@@ -81,7 +81,8 @@ def find_pictures(
     if not found:
         raise ValueError(f"{root} holds no pictures ({', '.join(SUFFIXES)}): name the folder that does")
     if empty:
-        raise ValueError(f"{root}: class {', '.join(empty[:3])} has no pictures: remove the folder or fill it")
+        names = ", ".join(empty[:3])
+        raise ValueError(f"{root}: class {names} has no pictures: remove the folder or fill it")
     return [Path(path) for path, _ in found], [label for _, label in found], classes
 
 # %% ../nbs/14_folder.ipynb #c13
@@ -213,6 +214,7 @@ def cache_path(
     folder_hash = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
     return Path(cache or user_cache())/f"{name}-{folder_hash}.safetensors"
 
+# %% ../nbs/14_folder.ipynb #c32
 def read_cache(
     path:Path, # as from `cache_path`
     source:str, # a hash of what the tensors were made from
@@ -242,7 +244,7 @@ def write_cache(
     except (OSError, SafetensorError) as e:
         warnings.warn(f"decoded images are not kept in {path.parent}: {e}")
 
-# %% ../nbs/14_folder.ipynb #c34
+# %% ../nbs/14_folder.ipynb #c35
 def decode_pictures(
     read, # function: item -> uint8 (3, size, size)
     items:list, # what to read, each with a `name`
@@ -268,7 +270,7 @@ def name_broken(
     examples = "; ".join(f"{names[i]} ({reason})" for i, reason in [*broken.items()][:3])
     return f"{len(broken)} of {len(names)} images cannot be decoded: {examples}"
 
-# %% ../nbs/14_folder.ipynb #c35
+# %% ../nbs/14_folder.ipynb #c36
 class PictureFolder(NamedTuple):
     "The squares of a folder."
     images:Tensor # uint8 (n, 3, size, size)
@@ -297,7 +299,7 @@ class PictureFolder(NamedTuple):
             lines.append(f"{len(again)} near-duplicates, such as {copy} of {first}: on the same side as it")
         return "\n".join(lines)
 
-# %% ../nbs/14_folder.ipynb #c36
+# %% ../nbs/14_folder.ipynb #c37
 def _hash_files(paths, root, *settings):
     "A hash of names, sizes and dates of files, and of settings."
     rows = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
@@ -320,7 +322,7 @@ def _decode_folder(paths, root, size, background, skip_broken):
     good = torch.tensor([i for i in range(len(paths)) if i not in broken], dtype=torch.int64)
     return dict(images=images[good] if broken else images, good=good, hashes=hashes[good])
 
-# %% ../nbs/14_folder.ipynb #c37
+# %% ../nbs/14_folder.ipynb #c38
 def pack_folder(
     found:PictureFolder, # as from `load_folder`
     path:str|Path, # the target, ending in .safetensors
@@ -329,7 +331,7 @@ def pack_folder(
     from safetensors.torch import save_file
     tensors = {name: getattr(found, name) for name in ("images", "labels", "held_out", "groups")}
     names = json.dumps(dict(classes=found.classes, paths=found.paths))
-    save_file(tensors, path, dict(names=names)) # one entry: the order of several would change from file to file
+    save_file(tensors, path, dict(names=names)) # one entry: the order of several would vary
 
 def _read_packed(path, size):
     "A folder from the file that `pack_folder` wrote."
@@ -339,12 +341,13 @@ def _read_packed(path, size):
             names = json.loads(f.metadata()["names"])
             found = PictureFolder(**{name: f.get_tensor(name) for name in f.keys()}, **names)
     except (SafetensorError, TypeError, ValueError, KeyError):
-        raise ValueError(f"{path} holds no packed pictures: name a folder, or a file of pack_folder") from None
+        raise ValueError(f"{path} holds no packed pictures: name a folder or a packed one") from None
     if found.images.shape[-1] != size:
         stored = found.images.shape[-1]
         raise ValueError(f"{path} holds squares of {stored} pixels, not {size}: pack the folder at that size")
     return found
 
+# %% ../nbs/14_folder.ipynb #c39
 def load_folder(
     root:str|Path, # <root>/<class>/*.jpg, or as for `find_pictures`; or a file from `pack_folder`
     size:int=64, # side of the squares in pixels
@@ -362,17 +365,18 @@ def load_folder(
     path = cache_path(root, f"folder-{size}", cache)
     found = read_cache(path, source)
     if found is None:
-        found = _decode_folder(paths, root, size, background, skip_broken)
+        found = _decode_folder(paths, root, size, background=background, skip_broken=skip_broken)
         write_cache(path, source, **found)
     good = found["good"].tolist()
     labels = torch.tensor(labels)[found["good"]]
     missing = [name for i, name in enumerate(classes) if i not in labels]
     if missing:
-        raise ValueError(f"{root}: class {missing[0]} has no picture that can be decoded: remove it or fill it")
+        raise ValueError(f"{root}: no picture of class {missing[0]} can be decoded: remove or fill it")
     hashes = [bytes(row) for row in found["hashes"].tolist()]
     groups = torch.arange(len(good))
     if len(good) <= MAX_COMPARED:
         groups = near_duplicate_groups(found["images"])
     names = [paths[i].relative_to(root).as_posix() for i in good]
     held_out = hold_out(hashes, labels, groups)
-    return PictureFolder(found["images"], labels, classes, held_out, names, groups)
+    return PictureFolder(images=found["images"], labels=labels, classes=classes, held_out=held_out,
+                         paths=names, groups=groups)

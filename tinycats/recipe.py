@@ -100,27 +100,27 @@ def choose_recipe(
     step_seconds = step_seconds or time_step(chosen, len(classes), device)
     chosen |= length_for(step_seconds, given.get("steps"))
     chosen = {name: value for name, value in chosen.items() if name not in given}
-    return chosen, _explain(chosen, given, len(paths), classes, device, step_seconds, measured)
-
-def _explain(chosen, given, count, classes, device, step_seconds, measured):
-    "What was chosen, as parameters that can be given, and why."
-    steps = (chosen | given)["steps"]
     speed = f"{1/step_seconds:.3g} steps a second, {'measured' if measured else 'estimated'} on {device.type}"
-    words = [f"-p {name} {_as_argument(value)}" for name, value in chosen.items()]
-    lines = [f"{count} pictures in {len(classes)} classes. Chosen for them; give your own value to any:",
-             f"  {' '.join(words)}",
-             f"  {steps} steps take about {format_duration(steps*step_seconds)} ({speed})"]
-    if count < LITTLE_DATA:
-        lines.append("  few pictures: dropout and augmentation against memorising; watch the held-out loss "
-                     "and the copies in make evaluate")
-    return lines
+    seconds = (chosen | given)["steps"]*step_seconds
+    return chosen, [
+        f"{len(paths)} pictures in {len(classes)} classes. Chosen for them; give your own value to any:",
+        f"  {' '.join(f'-p {name} {_as_argument(value)}' for name, value in chosen.items())}",
+        f"  the training takes about {format_duration(seconds)} ({speed})", *_advice(len(paths))]
+
+# %% ../nbs/15_recipe.ipynb #c12
+def _advice(count):
+    "What to look out for with so many pictures, in lines."
+    if count >= LITTLE_DATA:
+        return []
+    return ["  few pictures: dropout and augmentation against memorising; watch the held-out loss and the "
+            "copies in make evaluate"]
 
 def _as_argument(value):
     "A value as it is typed on a command line."
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return shlex.quote(text)
 
-# %% ../nbs/15_recipe.ipynb #c15
+# %% ../nbs/15_recipe.ipynb #c16
 def _load_weights(source):
     "The network of a run, or of a file with weights."
     path = find_path(source)
@@ -142,7 +142,8 @@ def warm_start(
     if wrong:
         has = ", ".join(f"{name} {trained.config[name]}" for name in wrong)
         remedy = " ".join(f"-p {name} {trained.config[name]}" for name in wrong)
-        raise ParameterError(f"init_from={str(source)!r}: it has {has}: give {remedy}, or leave init_from out")
+        raise ParameterError(f"init_from={str(source)!r}: it has {has}: give {remedy}, "
+                             "or leave init_from out")
     state = trained.state_dict()
     own = model.state_dict()
     state["y_embedder.weight"] = _move_rows(state["y_embedder.weight"], trained.classes, model.classes)
