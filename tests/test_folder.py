@@ -74,6 +74,9 @@ def test_any_number_of_classes(k, per_class, project):
     evaluated = cells("evaluate", run="own", **EVALUATION)
     assert evaluated["real"].classes == names
     assert len(evaluated["real"].heldout[1].unique()) == k
+    real = evaluated["real"]
+    assert len(real.training[1]) + len(real.heldout[1]) == k*per_class
+    assert len(real.heldout[1]) < len(real.training[1]) or per_class == 4
     scores = json.loads(next((folder/"evaluation").glob("*/scores.json")).read_text())
     assert set(scores["class_accuracy_by_class"]) == set(names)
     check_explorer("outputs/own", names)
