@@ -25,7 +25,7 @@ TESTS = sorted((ROOT/"tests").glob("*.py")) + [ROOT/"setup.py"]
 # Which module may import which.
 ARROWS = dict(
     util="", core="", params="", flow="", ema="",
-    toy="core", data="util core", dit="util core", checkpoint="util",
+    toy="core", data="util core", prefetch="data", dit="util core", checkpoint="util",
     trainer="util core params flow ema checkpoint",
     viz="util core flow", metrics="util core",
     runs="util core params data toy dit ema checkpoint metrics viz",
@@ -37,7 +37,7 @@ TOOLS = """nbdev fastcore execnb nbformat nbconvert nbclient jupyter_client jupy
            papermill""".split()
 DISPLAY = "matplotlib IPython ipywidgets ipykernel torchvision".split()
 UNWANTED = {name: [*TOOLS, "modal"] for name in ARROWS}
-for name in "core data toy dit flow ema checkpoint trainer metrics".split():
+for name in "core data prefetch toy dit flow ema checkpoint trainer metrics".split():
     UNWANTED[name] += DISPLAY
 for name in ("util", "params", "pages"):
     UNWANTED[name] += [*DISPLAY, "torch", "numpy"]

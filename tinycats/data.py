@@ -107,13 +107,21 @@ class ImageDataset:
         batch_size:int, # number of images
     ) -> tuple: # x1 (b, 3, size, size) float32, y (b,) int64; with augment_prob also augment (b, 5)
         "The batch of a step."
+        return self.finish(step, *self.crops(step, batch_size))
+
+    def crops(self, step, batch_size): # uint8 (b, 3, size, size), y (b,) int64
+        "The stored values of a batch, where the images are kept."
         rng = counter_uniform((batch_size, 4), self.seed, step, 1, device=self.rng_device)
         indices = self._draw_indices(step, rng[:, 0])
-        x1 = to_float(self._crop_and_flip(indices, rng[:, 1:]))
-        y = self.labels[indices.to(self.labels.device)]
+        return self._crop_and_flip(indices, rng[:, 1:]), self.labels[indices.to(self.labels.device)]
+
+    def finish(self, step, crops, y): # as `batch`
+        "The batch from its stored values, wherever these have been copied to."
+        x1 = to_float(crops)
         if not self.augment_prob:
             return x1, y
-        augment = self._draw_augment(step, batch_size)
+        rng = counter_uniform((len(y), 2*self.augment_dim), self.seed, step, 2, device=self.rng_device)
+        augment = _draw_augment(rng, self.augment_prob).to(crops.device)
         return _apply_augment(x1, augment), y, augment
 
     def _draw_indices(self, step, rng):
@@ -129,7 +137,7 @@ class ImageDataset:
     def _crop_and_flip(self, indices, rng):
         "Cut a random window out of each image and mirror half of the windows: uint8 (b, 3, size, size)."
         height, width = self.images.shape[-2:]
-        crop_height, crop_width = (height, width) if self.size is None else (self.size, self.size)
+        crop_height, crop_width = (self.size or height), (self.size or width)
         top, left, mirror = rng.unbind(1)
         channels = torch.arange(3, device=self.rng_device)
         rows = torch.arange(crop_height, device=self.rng_device)
@@ -140,17 +148,9 @@ class ImageDataset:
             columns = torch.where(mirror[:, None] < .5, columns.flip(1), columns)
         planes = indices[:, None]*3 + channels # (b, 3) among the colour planes of all images
         lines = planes[:, :, None]*height + rows[:, None] # (b, 3, size) among the pixel rows of all images
-        lines = lines.to(self.images.device)
-        columns = columns.to(self.images.device)
+        lines, columns = lines.to(self.images.device), columns.to(self.images.device)
         bands = self.images.view(-1, width).index_select(0, lines.flatten()).view(*lines.shape, width)
         return bands.gather(3, columns[:, None, None].expand(*lines.shape, crop_width))
-
-    def _draw_augment(self, step, batch_size):
-        "How far each image is changed by each augmentation: (b, 5) float32 in [-1, 1], 0 for not at all."
-        rng = counter_uniform((batch_size, 2*self.augment_dim), self.seed, step, 2, device=self.rng_device)
-        amount, chance = rng.chunk(2, 1)
-        augment = torch.where(chance < self.augment_prob, 2*amount - 1, 0)
-        return augment.float().to(self.images.device)
 
 # %% ../nbs/00_data.ipynb #c25
 AUG_RANGE = dict(
@@ -159,6 +159,14 @@ AUG_RANGE = dict(
     stretch=.25, # octaves
     right=.25, # half-images
     down=.25) # half-images
+
+def _draw_augment(
+    rng, # (b, 10) random numbers in [0, 1)
+    prob, # probability of each augmentation
+):
+    "How far each image is changed by each augmentation: (b, 5) float32 in [-1, 1], 0 for not at all."
+    amount, chance = rng.chunk(2, 1)
+    return torch.where(chance < prob, 2*amount - 1, 0).float()
 
 def _apply_augment(
     images, # (b, 3, h, w) float32

@@ -164,7 +164,7 @@ class TinyDiT(nn.Module):
         dropout:float=0., # dropout probability of each block's two branches
         prediction:str="clean", # what the last layer predicts: "clean" (the image x1) or "velocity" (x1 - x0)
         augment_dim:int=0, # length of the augmentation vector; 0: no such input
-        checkpoint_activations:bool=False, # compute each block anew in the backward pass? same gradient, less memory
+        checkpoint_activations:bool=False, # compute each block anew in the backward pass, to save memory?
     ):
         super().__init__()
         self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth,
@@ -173,7 +173,7 @@ class TinyDiT(nn.Module):
         _check_config(**self.config)
         self.image_size, self.patch_size = image_size, patch_size
         self.num_classes, self.prediction = num_classes, prediction
-        self.checkpoint_activations = checkpoint_activations # no part of `config`: weights and results are the same
+        self.checkpoint_activations = checkpoint_activations # not in `config`: results are the same
         self.classes = [str(i) for i in range(num_classes)]
         self.x_embedder = nn.Linear(3*patch_size**2, dim)
         self.register_buffer("pos_embed", sincos_pos_embed(image_size//patch_size, dim), persistent=False)

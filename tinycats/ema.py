@@ -59,7 +59,7 @@ class EMA:
             averaged.n_averaged += 1
 
     def _kept(self, decay):
-        "The share of an average that this move keeps: the decays of the updates since the last move, multiplied."
+        "The share of an average that this move keeps: the product of the decays since the last move."
         if self.n == 1:
             return 0.
         since = range(max(1, self.n - self.every), self.n)
