@@ -244,6 +244,11 @@ def _one_kind_of_weights(raw, ema):
     "either raw weights or an average, not both"
     return not (raw and ema is not None)
 
+@_rule
+def _cuda_graphs_take_the_whole_batch(compile_mode, micro_batch):
+    "no micro_batch, or compile_mode default: a CUDA graph overwrites gradients that are being accumulated"
+    return compile_mode == "default" or micro_batch is None
+
 # %% ../nbs/10_params.ipynb #c27
 def _check_rules(values):
     for rule in _RULES:
