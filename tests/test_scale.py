@@ -1,10 +1,15 @@
 "Larger networks and larger data: the same steps with less memory, and with images that lie on a disk."
+import json
 import shutil
+import sys
+from pathlib import Path
 
+import page
 import pytest
 import torch
 from torch.testing import assert_close
 
+from tinycats import dit
 from tinycats.checkpoint import load_latest
 from tinycats.data import ImageDataset
 from tinycats.dit import TinyDiT
@@ -103,6 +108,29 @@ def test_dropout_of_a_compiled_checkpointed_network_is_repeated():
     step = 1e-2*weight.grad/weight.grad.norm()
     slope = (loss_at(start + step) - loss_at(start - step)).item()/2e-2
     assert slope == pytest.approx(weight.grad.norm().item(), rel=.02)
+
+
+def test_the_training_page_builds_a_named_size_and_checkpoints_its_activations(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+    monkeypatch.setattr(plt, "show", plt.show)  # page.main replaces it
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setenv("TINYCATS_PAGE", str(tmp_path))
+    monkeypatch.setitem(NETWORK_SIZES, "B", dict(dim=32, depth=3, num_heads=2))  # the real one takes minutes
+    recomputed = []
+
+    def checkpoint(block, *args, **kwargs):
+        recomputed.append(block)
+        return dit.torch.utils.checkpoint.checkpoint(block, *args, **kwargs)
+
+    monkeypatch.setattr(dit, "checkpoint", checkpoint)
+    monkeypatch.chdir(tmp_path)
+    Path("settings.ini").touch()
+    params = dict(run="sized", size="B", checkpoint_activations=True, steps=2, warmup_steps=1, image_size=16,
+                  toy_images=52, samples=1, num_steps=2, precision="fp32")
+    page.main(Path(__file__).parents[1]/"nbs"/"train.ipynb", *(f"{k}={v}" for k, v in params.items()))
+    config = json.loads((tmp_path/"outputs/sized/config.json").read_text())
+    assert [config[name] for name in ("size", "dim", "depth", "num_heads")] == ["B", 32, 3, 2]
+    assert len(recomputed) == 2*3  # in two steps of three blocks; none while pictures are drawn
 
 
 # -- Larger pictures ---------------------------------------------------------------------------------------
