@@ -277,3 +277,45 @@ def test_make_knows_what_quick_means(quick, meant):
     command = [make, "-n", "bench", f"quick={quick}"]
     done = subprocess.run(command, cwd=NOTEBOOK.parents[1], capture_output=True, text=True)
     assert f"-p quick {meant}\n" in done.stdout, done.stderr
+
+
+def test_every_switch_takes_finite_steps():
+    for arm, make in bench.switch_arms(TINY, 4, compiled=False).items():
+        step = make()
+        for _ in range(5):
+            step()
+        assert math.isfinite(step.__self__.means.pop()["loss"]), arm
+    assert bench.switch_arms(TINY, 4, compiled=False)["EMA every 4 steps"]().__self__.ema.every == 4
+    assert list(bench.switch_arms(TINY, 4, "cuda")) == ["all off", *reversed(bench.EQUAL_RESULTS)]
+
+
+def test_compiled_adamw_is_adamw():
+    if not bench.has_compiler():
+        pytest.skip("no C++ compiler here, which torch.compile needs on a CPU")
+    fused = bench.tinycats_step(TINY, 4, precision="fp32", compile=False, lr=1e-2, warmup_steps=2)
+    compiled = bench.tinycats_step(TINY, 4, precision="fp32", compile=False, lr=1e-2, warmup_steps=2)
+    before = [p.detach().clone() for p in compiled.__self__.model.parameters()]
+    compiled = bench.with_compiled_adamw(compiled)
+    for _ in range(4):  # at four learning rates
+        fused()
+        compiled()
+    for p, q, old in zip(fused.__self__.model.parameters(), compiled.__self__.model.parameters(), before):
+        torch.testing.assert_close(q, p, rtol=0, atol=2e-4)
+        assert (q - old).abs().max() > 2e-3
+
+
+def test_waiting_for_data_is_measured(tmp_path, monkeypatch):
+    "A reader that takes as long as a step and more shows as waiting; an idle one does not."
+    path = bench.write_images(tmp_path/"images.npy", bench.generated_parts(40, side=16, part=15), 40)
+    assert bench.open_images(path).float().std() > 70
+    monkeypatch.setitem(bench.SIZES, "full", TINY)
+    crops = bench.ImageDataset.crops
+
+    def slow(self, step, batch_size):
+        bench.time.sleep(.1)
+        return crops(self, step, batch_size)
+
+    monkeypatch.setattr(bench.ImageDataset, "crops", slow)
+    assert bench.waiting_share(path, 4, steps=5)["waiting"] > .5
+    assert max(bench.reading_rate(path, 4, steps=5).values()) < 45
+    assert bench.reading_rate(path, 4, ahead=2, steps=10)["cache"] > 45

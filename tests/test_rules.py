@@ -25,7 +25,8 @@ TESTS = sorted((ROOT/"tests").glob("*.py")) + [ROOT/"setup.py"]
 # Which module may import which.
 ARROWS = dict(
     util="", core="", params="", flow="", ema="",
-    toy="core", data="util core folder", folder="util metrics", dit="util core", checkpoint="util",
+    toy="core", data="util core folder", folder="util metrics", prefetch="data", dit="util core",
+    checkpoint="util",
     trainer="util core params flow ema checkpoint",
     viz="util core flow", metrics="util core",
     runs="util core params data folder toy dit ema checkpoint metrics viz",
@@ -38,7 +39,7 @@ TOOLS = """nbdev fastcore execnb nbformat nbconvert nbclient jupyter_client jupy
            papermill""".split()
 DISPLAY = "matplotlib IPython ipywidgets ipykernel torchvision".split()
 UNWANTED = {name: [*TOOLS, "modal"] for name in ARROWS}
-for name in "core data folder toy dit flow ema checkpoint trainer metrics".split():
+for name in "core data folder prefetch toy dit flow ema checkpoint trainer metrics".split():
     UNWANTED[name] += DISPLAY
 for name in ("util", "params", "pages"):
     UNWANTED[name] += [*DISPLAY, "torch", "numpy"]

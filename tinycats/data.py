@@ -124,13 +124,21 @@ class ImageDataset:
         batch_size:int, # number of images
     ) -> tuple: # x1 (b, 3, size, size) float32, y (b,) int64; with augment_prob also augment (b, 5)
         "The batch of a step."
+        return self.finish(step, *self.crops(step, batch_size))
+
+    def crops(self, step, batch_size): # uint8 (b, 3, size, size), y (b,) int64
+        "The stored values of a batch, where the images are kept."
         rng = counter_uniform((batch_size, 4), self.seed, step, 1, device=self.rng_device)
         indices = self._draw_indices(step, rng[:, 0])
-        x1 = to_float(self._crop_and_flip(indices, rng[:, 1:]))
-        y = self.labels[indices.to(self.labels.device)]
+        return _crop_and_flip(self, indices, rng[:, 1:]), self.labels[indices.to(self.labels.device)]
+
+    def finish(self, step, crops, y): # as `batch`
+        "The batch from its stored values, wherever these have been copied to."
+        x1 = to_float(crops)
         if not self.augment_prob:
             return x1, y
-        augment = _draw_augment(self, step, batch_size)
+        rng = counter_uniform((len(y), 2*self.augment_dim), self.seed, step, 2, device=self.rng_device)
+        augment = _draw_augment(rng, self.augment_prob).to(crops.device)
         return _apply_augment(x1, augment), y, augment
 
     def _draw_indices(self, step, rng):
@@ -143,24 +151,23 @@ class ImageDataset:
         chosen = shuffled[turns]
         return self.order[starts[chosen] + (rng*counts[chosen]).long()]
 
-    def _crop_and_flip(self, indices, rng):
-        "Cut a random window out of each image and mirror half of the windows: uint8 (b, 3, size, size)."
-        height, width = self.images.shape[-2:]
-        crop_height, crop_width = (height, width) if self.size is None else (self.size, self.size)
-        top, left, mirror = rng.unbind(1)
-        channels = torch.arange(3, device=self.rng_device)
-        rows = torch.arange(crop_height, device=self.rng_device)
-        columns = torch.arange(crop_width, device=self.rng_device)
-        rows = rows + (top*(height - crop_height + 1)).long()[:, None] # (b, size)
-        columns = columns + (left*(width - crop_width + 1)).long()[:, None] # (b, size)
-        if self.flip:
-            columns = torch.where(mirror[:, None] < .5, columns.flip(1), columns)
-        planes = indices[:, None]*3 + channels # (b, 3) among the colour planes of all images
-        lines = planes[:, :, None]*height + rows[:, None] # (b, 3, size) among the pixel rows of all images
-        lines = lines.to(self.images.device)
-        columns = columns.to(self.images.device)
-        bands = self.images.view(-1, width).index_select(0, lines.flatten()).view(*lines.shape, width)
-        return bands.gather(3, columns[:, None, None].expand(*lines.shape, crop_width))
+def _crop_and_flip(data, indices, rng):
+    "Cut a random window out of each image and mirror half of the windows: uint8 (b, 3, size, size)."
+    height, width = data.images.shape[-2:]
+    crop_height, crop_width = (data.size or height), (data.size or width)
+    top, left, mirror = rng.unbind(1)
+    channels = torch.arange(3, device=data.rng_device)
+    rows = torch.arange(crop_height, device=data.rng_device)
+    columns = torch.arange(crop_width, device=data.rng_device)
+    rows = rows + (top*(height - crop_height + 1)).long()[:, None] # (b, size)
+    columns = columns + (left*(width - crop_width + 1)).long()[:, None] # (b, size)
+    if data.flip:
+        columns = torch.where(mirror[:, None] < .5, columns.flip(1), columns)
+    planes = indices[:, None]*3 + channels # (b, 3) among the colour planes of all images
+    lines = planes[:, :, None]*height + rows[:, None] # (b, 3, size) among the pixel rows of all images
+    lines, columns = lines.to(data.images.device), columns.to(data.images.device)
+    bands = data.images.view(-1, width).index_select(0, lines.flatten()).view(*lines.shape, width)
+    return bands.gather(3, columns[:, None, None].expand(*lines.shape, crop_width))
 
 # %% ../nbs/00_data.ipynb #c27
 AUG_RANGE = dict(
@@ -170,12 +177,13 @@ AUG_RANGE = dict(
     right=.25, # half-images
     down=.25) # half-images
 
-def _draw_augment(data, step, batch_size):
+def _draw_augment(
+    rng, # (b, 10) random numbers in [0, 1)
+    prob, # probability of each augmentation
+):
     "How far each image is changed by each augmentation: (b, 5) float32 in [-1, 1], 0 for not at all."
-    rng = counter_uniform((batch_size, 2*data.augment_dim), data.seed, step, 2, device=data.rng_device)
     amount, chance = rng.chunk(2, 1)
-    augment = torch.where(chance < data.augment_prob, 2*amount - 1, 0)
-    return augment.float().to(data.images.device)
+    return torch.where(chance < prob, 2*amount - 1, 0).float()
 
 def _apply_augment(
     images, # (b, 3, h, w) float32

@@ -13,6 +13,7 @@ import torch, torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn, Tensor
+from torch.utils.checkpoint import checkpoint
 from .util import atomic_write, find_path
 
 # %% ../nbs/01_dit.ipynb #c07
@@ -163,6 +164,7 @@ class TinyDiT(nn.Module):
         dropout:float=0., # dropout probability of each block's two branches
         prediction:str="clean", # what the last layer predicts: "clean" (the image x1) or "velocity" (x1 - x0)
         augment_dim:int=0, # length of the augmentation vector; 0: no such input
+        checkpoint_activations:bool=False, # compute each block anew in the backward pass, to save memory?
     ):
         super().__init__()
         self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth,
@@ -171,6 +173,7 @@ class TinyDiT(nn.Module):
         _check_config(**self.config)
         self.image_size, self.patch_size = image_size, patch_size
         self.num_classes, self.prediction = num_classes, prediction
+        self.checkpoint_activations = checkpoint_activations # not in `config`: results are the same
         self.classes = [str(i) for i in range(num_classes)]
         self.x_embedder = nn.Linear(3*patch_size**2, dim)
         self.register_buffer("pos_embed", sincos_pos_embed(image_size//patch_size, dim), persistent=False)
@@ -209,8 +212,9 @@ class TinyDiT(nn.Module):
             cond = cond + self.augment_embedder(augment)
         x = self.x_embedder(patchify(xt, self.patch_size)) + self.pos_embed
         shared = self.adaln(F.silu(cond)).unflatten(1, (6, -1))
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, shared)
+            x = checkpoint(block, x, shared, use_reentrant=False) if recompute else block(x, shared)
         shift, scale = (cond[:, None] + self.scale_shift_table).unsqueeze(2).unbind(1)
         tokens = self.final_layer(modulate(F.layer_norm(x, x.shape[-1:]), shift, scale))
         out = unpatchify(tokens, self.patch_size).float()
@@ -241,7 +245,7 @@ def _check_config(image_size, patch_size, dim, depth, num_heads, dropout, predic
     if prediction not in ("clean", "velocity"):
         raise ValueError(f"prediction {prediction!r}: choose 'clean' or 'velocity'")
 
-# %% ../nbs/01_dit.ipynb #c62
+# %% ../nbs/01_dit.ipynb #c68
 def tune_malloc():
     "Let glibc keep freed memory: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD become 1 GB for the whole process."
     try:
@@ -251,7 +255,7 @@ def tune_malloc():
     for threshold in (-1, -3):
         mallopt(threshold, 2**30)
 
-# %% ../nbs/01_dit.ipynb #c66
+# %% ../nbs/01_dit.ipynb #c72
 def save_model(
     model:TinyDiT, # the network; its `classes` are stored too
     path:str|Path, # the target, ending in .safetensors
@@ -263,7 +267,7 @@ def save_model(
     header = dict(config=model.config, classes=list(model.classes), metadata=metadata)
     atomic_write(path, save(weights, metadata={k: json.dumps(v) for k, v in header.items()}))
 
-# %% ../nbs/01_dit.ipynb #c68
+# %% ../nbs/01_dit.ipynb #c74
 def check_weights(
     weights:dict, # {name: tensor}, as `state_dict()` gives them
     config:dict, # arguments of `TinyDiT`
@@ -296,7 +300,7 @@ def build_model(
     model.load_state_dict(weights)
     return model
 
-# %% ../nbs/01_dit.ipynb #c69
+# %% ../nbs/01_dit.ipynb #c75
 def _from_file(weights, header):
     "A TinyDiT from the tensors and the header of a file."
     model = build_model(weights, json.loads(header["config"]))

@@ -6,6 +6,7 @@
 __all__ = ['warmup_decay', 'EMA']
 
 # %% ../nbs/03_ema.ipynb #c02
+import math
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -31,25 +32,38 @@ class EMA:
     def __init__(self,
         model:nn.Module, # the model that is trained
         decays:tuple=(.9999,), # one or more, each in [0, 1)
+        every:int=1, # updates between two moves of the averages
     ):
         if not decays or not all(0 <= decay < 1 for decay in decays):
             raise ValueError(f"ema_decay={decays}: each must be at least 0 and below 1")
+        if every < 1:
+            raise ValueError(f"ema_every={every}: at least 1 is needed")
         self.n = 0 # updates so far
+        self.every = every
         self.decays = tuple(decays)
         self.models = {d: AveragedModel(model, use_buffers=True).eval().requires_grad_(False) for d in decays}
 
     @torch.no_grad()
     def update(self, model):
         "Move every average towards the model; call it after each optimizer step. The first call copies."
+        self.n += 1
+        if self.n > 1 and self.n % self.every:
+            return
         for decay, averaged in self.models.items():
-            weight = 1 - warmup_decay(self.n, decay) if self.n else 1.
+            weight = 1 - self._kept(decay)
             ours, theirs = _tensor_pairs(averaged.module, model, is_float=True)
             torch._foreach_lerp_(ours, theirs, weight)
             ours, theirs = _tensor_pairs(averaged.module, model, is_float=False)
             if ours:
                 torch._foreach_copy_(ours, theirs)
             averaged.n_averaged += 1
-        self.n += 1
+
+    def _kept(self, decay):
+        "The share of an average that this move keeps: the product of the decays since the last move."
+        if self.n == 1:
+            return 0.
+        since = range(max(1, self.n - self.every), self.n)
+        return math.prod(warmup_decay(n, decay) for n in since)
 
     def __getitem__(self, decay):
         "The averaged network of one decay."

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PositiveInt', 'NonNegativeInt', 'Seed', 'BatchSize', 'SampleCount', 'SolverSteps', 'ToyCount', 'CheckpointCount',
            'ImageSize', 'Width', 'Depth', 'HeadCount', 'PositiveFloat', 'NonNegativeFloat', 'Fraction', 'Probability',
-           'LogitMean', 'LogitStd', 'CfgScale', 'Device', 'Precision', 'DataName', 'Prediction', 'TimeSampling',
-           'Solver', 'RunName', 'EvaluationName', 'Text', 'ResumeFrom', 'EmaDecays', 'TimeInterval', 'ParameterError',
-           'describe', 'coerce', 'check_params', 'notebook_params', 'read_params', 'TrainConfig', 'Optional']
+           'LogitMean', 'LogitStd', 'CfgScale', 'Device', 'Precision', 'DataName', 'Prediction', 'CompileMode',
+           'TimeSampling', 'Solver', 'NETWORK_SIZES', 'NetworkSize', 'RunName', 'EvaluationName', 'Text', 'ResumeFrom',
+           'EmaDecays', 'TimeInterval', 'ParameterError', 'describe', 'coerce', 'check_params', 'notebook_params',
+           'read_params', 'TrainConfig', 'Optional']
 
 # %% ../nbs/10_params.ipynb #c02
 import ast, inspect, json
@@ -59,8 +60,14 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DataName = Literal["toy", "pets", "heads", "folder"]
 Prediction = Literal["clean", "velocity"]
+CompileMode = Literal["default", "reduce-overhead"]
 TimeSampling = Literal["logit_normal", "uniform"]
 Solver = Literal["euler", "heun", "ab2"]
+
+NETWORK_SIZES = { # the widths, depths and heads of the DiT family; M is ours, between its S and B
+    "S": dict(dim=384, depth=12, num_heads=6), "M": dict(dim=576, depth=12, num_heads=9),
+    "B": dict(dim=768, depth=12, num_heads=12), "L": dict(dim=1024, depth=24, num_heads=16)}
+NetworkSize = Literal["S", "M", "B", "L"]
 
 # %% ../nbs/10_params.ipynb #c10
 def _fits_file_system(name):
@@ -237,6 +244,11 @@ def _one_kind_of_weights(raw, ema):
     "either raw weights or an average, not both"
     return not (raw and ema is not None)
 
+@_rule
+def _cuda_graphs_take_the_whole_batch(compile_mode, micro_batch):
+    "no micro_batch, or compile_mode default: a CUDA graph overwrites gradients that are being accumulated"
+    return compile_mode == "default" or micro_batch is None
+
 # %% ../nbs/10_params.ipynb #c27
 def _check_rules(values):
     for rule in _RULES:
@@ -261,6 +273,8 @@ def check_params(
             values[name] = coerce(given.get(name, default), kind)
         except ParameterError as e:
             raise ParameterError(f"{name}={e}") from None
+    size = NETWORK_SIZES.get(values.get("size"), {})
+    values |= {name: value for name, value in size.items() if name in values}
     _check_rules(values)
     return values
 
@@ -332,6 +346,8 @@ class TrainConfig(BaseModel):
     time_std:LogitStd = .8 # of the logit of the times
     precision:Precision = "auto" # of the matrix products
     compile:Optional[bool] = None # torch.compile network and loss; None: on a GPU that supports it
+    compile_mode:CompileMode = "default" # of torch.compile; reduce-overhead: CUDA graphs
+    ema_every:PositiveInt = 1 # steps between updates of the moving averages
     log_every:PositiveInt = 100 # steps between records in metrics.jsonl
     sample_every:NonNegativeInt = 5_000 # steps between sheets of samples; 0: never
     checkpoint_every:PositiveInt = 10_000 # steps between checkpoints
@@ -362,5 +378,5 @@ class TrainConfig(BaseModel):
     def fingerprint(self) -> dict: # {name: value}
         "The settings that must match for a run to resume."
         names = """steps batch_size lr lr_min weight_decay warmup_steps grad_clip class_dropout_prob seed
-            ema_decay time_sampling time_mean time_std"""
+            ema_decay ema_every time_sampling time_mean time_std"""
         return {name: getattr(self, name) for name in names.split()}

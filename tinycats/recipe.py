@@ -14,7 +14,7 @@ from .core import pick_device, pick_dtype
 from .dit import TinyDiT, load_model
 from .flow import flow_loss
 from .folder import find_pictures
-from .params import ParameterError
+from .params import NETWORK_SIZES, ParameterError
 from .runs import load_run, parameter_errors, read_config
 from .util import find_path, format_duration
 
@@ -95,6 +95,7 @@ def choose_recipe(
     if given.get("init_from"):
         with parameter_errors("init_from", given["init_from"]):
             chosen |= {name: _load_weights(given["init_from"]).config[name] for name in NAMES}
+    chosen |= NETWORK_SIZES.get(given.get("size"), {})
     chosen |= {name: given[name] for name in chosen if name in given}
     measured = step_seconds is None
     step_seconds = step_seconds or time_step(chosen, len(classes), device)

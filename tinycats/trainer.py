@@ -463,14 +463,15 @@ def _check_num_classes(model, data):
                          f"build the model with num_classes={data.num_classes}")
 
 # %% ../nbs/05_trainer.ipynb #c54
-def _compiled(loss_fn, setting, device):
+def _compiled(loss_fn, config, device):
     "The loss, compiled if the settings ask for it; a ValueError where that cannot work."
+    setting = config.compile
     missing = _missing_for_compile(device) if setting else []
     if missing:
         raise ValueError(f"compile=True: the compiler needs {', '.join(missing)}; install that, "
                          "or leave compile at None")
     wanted = can_compile(device) if setting is None else setting
-    return torch.compile(loss_fn) if wanted else loss_fn
+    return torch.compile(loss_fn, mode=config.compile_mode) if wanted else loss_fn
 
 class TrainState:
     "Model, averages, optimizer and step: all that the next step depends on, and that step."
@@ -484,9 +485,9 @@ class TrainState:
         self.model, self.data, self.config = model, data, _shorten_warmup(config)
         self.device = next(model.parameters()).device
         self.dtype = pick_dtype(config.precision, self.device)
-        self.loss_fn = _compiled(flow_loss, config.compile, self.device)
+        self.loss_fn = _compiled(flow_loss, config, self.device)
         self.time_sampler = _time_sampler(config)
-        self.ema = EMA(model, tuple(config.ema_decay))
+        self.ema = EMA(model, tuple(config.ema_decay), config.ema_every)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(.9, .95),
                                            weight_decay=config.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
