@@ -1,8 +1,8 @@
 """Render the book as a web site, without any network: python docs/build.py, or make site.
 
 Every notebook of nbs/ becomes a page; for those that run, the report of a run. Every module gets a page of
-API reference. The pages are written in Markdown to build/site/, and zensical renders them to _site/; a link
-that leads nowhere ends the build. The page that draws in the browser is in _site/page/."""
+API reference. All of them are written in Markdown to a temporary folder, and zensical renders them to
+_site/; a link that leads nowhere ends the build. The page that draws in the browser is in _site/page/."""
 import argparse
 import ast
 import configparser
@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from base64 import b64decode
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from links import broken_links
 from reference import read_module, render_module
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGE = ROOT/"build"/"site"
 MAX_CODE = 12   # lines of code above a picture; more are folded
 MAX_TEXT = 15   # lines of printed text; more are folded
 
@@ -88,7 +88,8 @@ def folded(kind, title, text):
 
 class Book:
     "Which page stands for which file of the repository, and where the names of the package are documented."
-    def __init__(self, executed):
+    def __init__(self, folder, executed):
+        self.docs = folder/"docs"
         self.blob = settings()["git_url"] + "/blob/" + settings()["branch"]
         self.pages = {path.stem: path for path in sorted((ROOT/"nbs").glob("*.ipynb"))}
         self.by_file = {f"nbs/{name}.ipynb": name for name in self.pages}
@@ -118,7 +119,7 @@ class Book:
         if path in self.by_file:
             return f"{self.by_file[path]}.md{anchor}"
         if Path(path).suffix in (".png", ".jpg", ".svg"):
-            kept = STAGE/"docs"/"files"/path.replace("/", "_")
+            kept = self.docs/"files"/path.replace("/", "_")
             shutil.copy(ROOT/path, kept)
             return f"files/{kept.name}"
         return f"{self.blob}/{path}"
@@ -129,7 +130,8 @@ class PageWriter:
     def __init__(self, book, name):
         self.book, self.name, self.path = book, name, book.pages[name]
         self.folder = posixpath.dirname(self.path.relative_to(ROOT).as_posix())
-        self.blocks, self.module, self.mentioned, self.images = [], "", set(), 0
+        self.blocks, self.module = [], ""
+        self.mentioned, self.images = set(), 0
         if name not in book.by_file.values() or not self.folder.startswith("nbs"):
             self.folder = "nbs"  # a report is a copy of a page in nbs/, and so are its links
 
@@ -148,7 +150,7 @@ class PageWriter:
         return ["".join(self.prose(part) if n % 2 == 0 else part for n, part in enumerate(parts))]
 
     def prose(self, text):
-        "Links lead to pages of the site; names of the package to the reference; lists begin with an empty line."
+        "Links lead to pages of the site, names to the reference; lists begin with an empty line."
         text = LINK.sub(lambda m: m[1] + self.book.target(m[2], self.folder), text)
         text = re.sub(r"(\[[^\]]*\]\([^)]*\))|`(\w+)(\(\))?`", self.mention, text)
         lines = []
@@ -185,7 +187,7 @@ class PageWriter:
         block = fence(text, "python")
         if "echo: false" in directives:
             block = ""
-        elif only_imports(text, most=True) and not drawn:
+        elif mostly_imports(text) and not drawn:
             return [*self.imports(block), *outputs]
         elif CLAIM.search(text) and not drawn:
             block = folded("test", "Test", block)
@@ -202,15 +204,16 @@ class PageWriter:
 
     def exported(self, text):
         "A cell of the package, with an anchor for each name that it defines."
-        if only_imports(text):
-            return self.imports(fence(text, "python"))
         names = []
         for node in ast.parse(text).body:
             targets = node.targets if isinstance(node, ast.Assign) else [node]
             names += [getattr(t, "name", getattr(t, "id", None)) for t in targets]
         anchors = "".join(f'<span id="code-{name}"></span>' for name in names if name)
+        anchors = [f"<div>{anchors}</div>"] if anchors else []
+        if mostly_imports(text):
+            return anchors + self.imports(fence(text, "python"))
         title = f"tinycats.{self.module}".rstrip(".")
-        return [f"<div>{anchors}</div>" if anchors else "", fence(text, "python", title)]
+        return [*anchors, fence(text, "python", title)]
 
     def outputs(self, outputs):
         "What a cell has put out, as Markdown: pictures become files."
@@ -229,32 +232,33 @@ class PageWriter:
                 printed += "".join(data["text/plain"]) + "\n"
         if printed.strip():
             lines = [ANSI.sub("", line.split("\r")[-1]) for line in printed.strip("\n").split("\n")]
-            block = fence("\n".join(lines), "text")
+            block = fence("\n".join(lines), " { .text .printed }")
             yield folded("setup", f"Printed: {len(lines)} lines", block) if len(lines) > MAX_TEXT else block
 
     def image(self, kind, data):
         file = f"files/{self.name}_{self.images}.{IMAGES[kind]}"
         self.images += 1
         text = "".join(data)
-        (STAGE/"docs"/file).write_bytes(text.encode() if kind == "image/svg+xml" else b64decode(text))
+        (self.book.docs/file).write_bytes(text.encode() if kind == "image/svg+xml" else b64decode(text))
         return f"![]({file}){{ .output loading=lazy }}"
 
 
-def only_imports(text, most=False):
-    "Whether a cell does nothing but import, or begins with more lines of that than of anything else."
-    body = ast.parse("\n".join("" if line.startswith(("%", "!")) else line for line in text.splitlines())).body
-    imports = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom))]
-    if not most:
-        return len(imports) == len(body)
-    return bool(body) and body[0] in imports and len(imports) > len(body)/2
+def mostly_imports(text):
+    "Whether a cell defines nothing, and has more imports than other statements."
+    lines = ["" if line.startswith(("%", "!")) else line for line in text.splitlines()]
+    body = ast.parse("\n".join(lines)).body
+    imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    defined = [node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return not defined and len(imports) > len(body)/2
 
 
 # -- The site ----------------------------------------------------------------------------------------------
 
 def evaluate_report():
-    "Run the page `evaluate` with its default parameters, unless the report is newer than everything it needs."
+    "Run the page `evaluate` with its defaults, unless its report is newer than all that it needs."
     report = ROOT/REPORTS["evaluate"]
-    needed = [ROOT/"nbs"/"evaluate.ipynb", ROOT/"outputs"/"toy"/"ema.safetensors", *ROOT.glob("tinycats/*.py")]
+    needed = [ROOT/"nbs"/"evaluate.ipynb", ROOT/"outputs"/"toy"/"ema.safetensors"]
+    needed += ROOT.glob("tinycats/*.py")
     if report.exists() and report.stat().st_mtime > max(path.stat().st_mtime for path in needed):
         return
     from tinycats.pages import run_page
@@ -287,7 +291,8 @@ def landing_page(text):
 [Draw here](page/index.html){{ .md-button .md-button--primary }}
 
 </div>"""
-    return text.replace(picture, embedded)
+    text = text.replace(picture, embedded)
+    return re.sub(r"^(!\[.*\]\(.*\))$", r"\1{ .first }", text, count=1, flags=re.M)
 
 
 def below_title(text, line):
@@ -297,9 +302,8 @@ def below_title(text, line):
 
 
 def write_pages(book):
-    "All pages as Markdown, in build/site/docs."
-    docs = STAGE/"docs"
-    shutil.rmtree(STAGE, ignore_errors=True)
+    "All pages as Markdown, in the book's folder."
+    docs = book.docs
     (docs/"files").mkdir(parents=True)
     (docs/"reference").mkdir()
     shutil.copytree(ROOT/"docs"/"assets", docs/"assets")
@@ -312,7 +316,7 @@ def write_pages(book):
 
 
 def write_config(book):
-    "The settings of the site: those of docs/mkdocs.yml, the names in settings.ini, and the table of contents."
+    "The settings of the site: docs/mkdocs.yml, the names in settings.ini, the table of contents."
     contents, listed = [{"Start": "index.md"}], ["index"]
     for tab, parts in NAVIGATION.items():
         sections = []
@@ -333,7 +337,7 @@ def write_config(book):
         use_directory_urls=False, extra=dict(social=[source_code], generator=False), nav=contents)
     text = (ROOT/"docs"/"mkdocs.yml").read_text(encoding="utf-8")
     text += "\n" + yaml.safe_dump(config, sort_keys=False)
-    (STAGE/"mkdocs.yml").write_text(text, encoding="utf-8")
+    (book.docs.parent/"mkdocs.yml").write_text(text, encoding="utf-8")
 
 
 def write_browser_page(target):
@@ -347,15 +351,17 @@ def build(target, quick=False):
     "The whole site, in the folder `target`."
     if not quick:
         evaluate_report()
-    book = Book(executed=not quick)
-    write_pages(book)
-    write_config(book)
-    command = [sys.executable, "-m", "zensical", "build", "--strict", "-f", STAGE/"mkdocs.yml"]
-    done = subprocess.run(command, cwd=STAGE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise SystemExit(f"{done.stdout}\nThe site has not been built")
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.move(STAGE/"site", target)
+    with tempfile.TemporaryDirectory() as folder:
+        book = Book(Path(folder), executed=not quick)
+        write_pages(book)
+        write_config(book)
+        command = [sys.executable, "-m", "zensical", "build", "--strict", "-f", "mkdocs.yml"]
+        done = subprocess.run(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise SystemExit(f"{done.stdout}\nzensical has not built the site")
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.move(Path(folder)/"site", target)
     if not quick:
         write_browser_page(target)
     base = settings()["doc_baseurl"] + "/"

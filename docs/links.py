@@ -1,5 +1,5 @@
-"""Find links of a built site that lead nowhere: files and anchors of its own, and anything that a page would load from
-another host. Links to other hosts are not followed."""
+"""Find links of a built site that lead nowhere: files and anchors of its own, and anything that a page would
+load from another host. Links to other hosts are not followed."""
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -29,8 +29,8 @@ def is_external(link):
 
 
 def broken_links(site, base="/", absent=()):
-    """Lines `page: link (what is wrong)`. The site is meant to be served at the path `base`; files in the folders
-    `absent` may be missing."""
+    """Lines `page: link (what is wrong)`. The site is meant to be served at the path `base`; files in the
+    folders `absent` may be missing."""
     site = Path(site).resolve()
     pages = {path: Page(path) for path in sorted(site.rglob("*.html"))}
     found = []

@@ -1,5 +1,5 @@
-"""The API reference, read from the text of the package: nothing is imported, so annotations and defaults stand as
-they are written. A parameter is documented by the comment on its line, as nbdev does it."""
+"""The API reference, read from the text of the package: nothing is imported, so annotations and defaults
+stand as they are written. A parameter is documented by the comment on its line, as nbdev does it."""
 import ast
 import io
 import re
@@ -13,16 +13,47 @@ CELL = re.compile(r"^# %% \.\./nbs/(\w+)\.ipynb #(\w+)$")
 
 
 @dataclass
+class Parameter:
+    "A parameter of a function, or a field of a class; all of it as it is written."
+    name: str
+    annotation: str = ""
+    default: str = ""
+    comment: str = ""
+
+    def declaration(self):
+        "Such as `steps: int = 12`."
+        annotation = f": {self.annotation}" if self.annotation else ""
+        default = f" = {self.default}" if self.default else ""
+        return self.name + annotation + default
+
+
+@dataclass
 class Entry:
     "A public name of a module."
     name: str                     # such as sample, or Trainer.fit
     kind: str                     # function, class, method or constant
     line: int                     # in the file of the module
-    signature: str                # as one would call it, or the text of a constant
+    signature: str = ""           # as one would call it, or the text of a constant
     text: str = ""                # the docstring
-    parameters: list = field(default_factory=list)  # (name, annotation, default, comment)
-    returns: tuple = ("", "")     # annotation and comment
-    members: list = field(default_factory=list)     # the public methods of a class
+    parameters: list = field(default_factory=list)
+    returns: Parameter | None = None
+    members: list = field(default_factory=list)  # the public methods of a class
+
+
+class Source:
+    "A Python source, its tree, and the comments at the ends of its lines."
+    def __init__(self, text):
+        self.text, self.tree = text, ast.parse(text)
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        comments = [token for token in tokens if token.type == tokenize.COMMENT]
+        self.comments = {token.start[0]: token.string.lstrip("# ").strip() for token in comments}
+
+    def written(self, node):
+        "The text of a node, or nothing for None."
+        return "" if node is None else " ".join(ast.get_source_segment(self.text, node).split())
+
+    def comment(self, line):
+        return self.comments.get(line, "")
 
 
 @dataclass
@@ -34,12 +65,6 @@ class Module:
     entries: list
 
 
-def line_comments(source):
-    "{line: comment} of a Python source."
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
-
-
 def public_names(tree):
     "What `__all__` of a module lists."
     for node in tree.body:
@@ -48,120 +73,130 @@ def public_names(tree):
     return []
 
 
-def unparse(node):
-    return "" if node is None else ast.unparse(node)
-
-
-def joined_comment(comments, first, last):
-    "The comments on the lines first to last; those that continue one another stand on lines of their own."
-    return " ".join(comments[n] for n in range(first, last + 1) if n in comments)
-
-
-def function_parameters(node, comments):
-    "(name, annotation, default, comment) of each parameter but self; * and ** belong to the name."
+def function_parameters(node, source):
+    "Each `Parameter` but self; * and ** belong to the name."
     args = node.args
     positional = args.posonlyargs + args.args
     defaults = [None]*(len(positional) - len(args.defaults)) + args.defaults
-    found = list(zip(positional, [""]*len(positional), defaults))
+    found = [("", arg, default) for arg, default in zip(positional, defaults)]
     if args.vararg:
-        found.append((args.vararg, "*", None))
-    found += zip(args.kwonlyargs, [""]*len(args.kwonlyargs), args.kw_defaults)
+        found.append(("*", args.vararg, None))
+    found += [("", arg, default) for arg, default in zip(args.kwonlyargs, args.kw_defaults)]
     if args.kwarg:
-        found.append((args.kwarg, "**", None))
-    found = [entry for entry in found if entry[0].arg not in ("self", "cls")]
-    lines = [arg.lineno for arg, *_ in found]
-    documented = len(set(lines)) == len(lines) and node.lineno not in lines
-    rows = []
-    for arg, stars, default in found:
-        comment = comments.get((default or arg).end_lineno, "") if documented else ""
-        rows.append((stars + arg.arg, unparse(arg.annotation), unparse(default), comment))
-    return rows
+        found.append(("**", args.kwarg, None))
+    found = [entry for entry in found if entry[1].arg not in ("self", "cls")]
+    lines = {arg.lineno for _, arg, _ in found}
+    one_a_line = len(lines) == len(found) and node.lineno not in lines
+    parameters = []
+    for stars, arg, default in found:
+        comment = source.comment((default or arg).end_lineno) if one_a_line else ""
+        annotation = source.written(arg.annotation)
+        parameters.append(Parameter(stars + arg.arg, annotation, source.written(default), comment))
+    return parameters
 
 
-def returned(node, comments):
-    "Annotation of what a function returns, and the comment on the line where its head ends."
+def returned(node, source):
+    "What a function returns, with the comment on the line where its head ends; None if neither is there."
     end = node.returns.end_lineno if node.returns else node.body[0].lineno - 1
-    return unparse(node.returns), comments.get(end, "") if end > node.lineno or node.returns else ""
+    comment = source.comment(end) if node.returns or end > node.lineno else ""
+    annotation = source.written(node.returns)
+    return Parameter("", annotation, comment=comment) if annotation or comment else None
 
 
-def call_signature(name, parameters, returns):
-    "As one would write the call: sample(model, y, *, num_steps=12) -> Tensor."
-    words, starred = [], False
-    for parameter, _, default, _ in parameters:
-        starred = starred or parameter.startswith("*")
-        words.append(f"{parameter}={default}" if default else parameter)
+def call_signature(name, parameters, returns=None):
+    "As one would write the call: sample(model, y, num_steps=12) -> Tensor."
+    words = [f"{p.name}={p.default}" if p.default else p.name for p in parameters]
     line = f"{name}({', '.join(words)})"
     if len(line) > 80:
         line = f"{name}(\n    " + ",\n    ".join(words) + ")"
-    return line + (f" -> {returns}" if returns else "")
+    return line + (f" -> {returns.annotation}" if returns and returns.annotation else "")
 
 
-def function_entry(node, comments, owner=""):
-    parameters = function_parameters(node, comments)
-    returns = returned(node, comments)
+def function_entry(node, source, owner=""):
+    parameters, returns = function_parameters(node, source), returned(node, source)
     name = f"{owner}.{node.name}" if owner else node.name
-    decorators = [unparse(d) for d in node.decorator_list]
-    signature = call_signature(name, parameters, returns[0])
-    if "property" in decorators:
-        signature = f"{name}" + (f": {returns[0]}" if returns[0] else "")
-    kind = "method" if owner else "function"
-    return Entry(name, kind, node.lineno, signature, ast.get_docstring(node) or "", parameters, returns)
-
-
-def class_entry(node, comments):
-    "A class: the parameters of its constructor, or its fields where it has annotated ones, and its methods."
-    entry = Entry(node.name, "class", node.lineno, "", ast.get_docstring(node) or "")
-    for item in node.body:
-        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            entry.parameters = function_parameters(item, comments)
-        elif isinstance(item, ast.FunctionDef) and not item.name.startswith("_") and ast.get_docstring(item):
-            entry.members.append(function_entry(item, comments, owner=node.name))
-    if not entry.parameters:
-        fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
-        entry.parameters = [(unparse(f.target), unparse(f.annotation), unparse(f.value),
-                             comments.get(f.end_lineno, "")) for f in fields]
-    base = f"({', '.join(map(unparse, node.bases))})" if node.bases and not entry.parameters else ""
-    entry.signature = call_signature(node.name, entry.parameters, "") if not base else node.name + base
+    is_property = "property" in [source.written(d) for d in node.decorator_list]
+    signature = name if is_property else call_signature(name, parameters, returns)
+    entry = Entry(name, "method" if owner else "function", node.lineno, signature)
+    entry.text, entry.parameters, entry.returns = ast.get_docstring(node) or "", parameters, returns
     return entry
 
 
-def constant_entry(node, name, source, comments):
-    text = ast.get_source_segment(source, node)
-    if len(text.splitlines()) > 12:
-        text = "\n".join([*text.splitlines()[:10], "    ...", text.splitlines()[-1]])
-    return Entry(name, "constant", node.lineno, text, comments.get(node.end_lineno, ""))
+def class_entry(node, source):
+    "A class: the parameters of its constructor, or its fields where it has annotated ones, and its methods."
+    entry = Entry(node.name, "class", node.lineno, text=ast.get_docstring(node) or "")
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            entry.parameters = function_parameters(item, source)
+        elif isinstance(item, ast.FunctionDef) and not item.name.startswith("_") and ast.get_docstring(item):
+            entry.members.append(function_entry(item, source, owner=node.name))
+    if not entry.parameters:
+        fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+        for item in fields:
+            annotation, default = source.written(item.annotation), source.written(item.value)
+            comment = source.comment(item.end_lineno)
+            entry.parameters.append(Parameter(item.target.id, annotation, default, comment))
+    bases = ", ".join(map(source.written, node.bases))
+    entry.signature = call_signature(node.name, entry.parameters)
+    if bases and not entry.parameters:
+        entry.signature = f"{node.name}({bases})"
+    return entry
+
+
+def constant_entry(node, name, source):
+    text = ast.get_source_segment(source.text, node)
+    lines = text.splitlines()
+    if len(lines) > 12:
+        text = "\n".join([*lines[:10], "    ...", lines[-1]])
+    comment = source.comment(node.end_lineno)
+    return Entry(name, "constant", node.lineno, signature=text, text=comment)
+
+
+def defined_names(node):
+    "What a statement at the top level of a module defines."
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def read_module(path):
     "A `Module`; its entries stand in the order of the source."
-    source = Path(path).read_text(encoding="utf-8")
-    tree, comments = ast.parse(source), line_comments(source)
-    cells = [CELL.match(line) for line in source.splitlines() if CELL.match(line)]
-    public, entries = set(public_names(tree)), []
-    for node in tree.body:
-        names = [getattr(node, "name", None)]
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [getattr(target, "id", None) for target in targets]
-        for name in public.intersection(names):
+    source = Source(Path(path).read_text(encoding="utf-8"))
+    cells = [CELL.match(line) for line in source.text.splitlines() if CELL.match(line)]
+    public, entries = public_names(source.tree), []
+    for node in source.tree.body:
+        for name in [name for name in defined_names(node) if name in public]:
             if isinstance(node, ast.FunctionDef):
-                entries.append(function_entry(node, comments))
+                entries.append(function_entry(node, source))
             elif isinstance(node, ast.ClassDef):
-                entries.append(class_entry(node, comments))
+                entries.append(class_entry(node, source))
             else:
-                entries.append(constant_entry(node, name, source, comments))
-    return Module(Path(path).stem, cells[0][1] if cells else "", ast.get_docstring(tree) or "", entries)
+                entries.append(constant_entry(node, name, source))
+    text = ast.get_docstring(source.tree) or ""
+    return Module(Path(path).stem, cells[0][1] if cells else "", text, entries)
 
 
 def plain(text):
     "Text of a comment in Markdown: < and * are meant as they are, but within backticks."
     parts = CODE_SPAN.split(" ".join(text.split()))
-    return "".join(part if part.startswith("`") else re.sub(r"([*_|\[\]])", r"\\\1", escape(part, quote=False))
-                   for part in parts)
+    for number, part in enumerate(parts):
+        if not part.startswith("`"):
+            parts[number] = re.sub(r"([*_|\[\]])", r"\\\1", escape(part, quote=False))
+    return "".join(parts)
 
 
-def code(text):
-    return f"`{text}`" if text else ""
+def parameter_table(entry):
+    "A row for each parameter and what is returned; nothing where no row would say anything."
+    rows = [(f"`{p.declaration()}`", p) for p in entry.parameters]
+    if entry.returns:
+        annotation = f" `{entry.returns.annotation}`" if entry.returns.annotation else ""
+        rows.append((f"*returns*{annotation}", entry.returns))
+    if not any(p.annotation or p.comment for _, p in rows):
+        return ""
+    lines = [f"| {title} | {plain(p.comment)} |" for title, p in rows]
+    table = "\n".join(["| | |", "|---|---|", *lines])
+    return f'<div class="parameters" markdown="1">\n\n{table}\n\n</div>'
 
 
 def render_entry(entry, module, source_url):
@@ -174,15 +209,7 @@ def render_entry(entry, module, source_url):
         links = f"[explained](../{module.notebook}.md#code-{entry.name}) · " + links
     yield f"```python\n{entry.signature}\n```"
     yield f'{plain(entry.text)}\n{{ .entry-text }}' if entry.text else ""
-    described = [p for p in entry.parameters if p[1] or p[3]]
-    if described or entry.returns[1]:
-        rows = ["| | |", "|---|---|"]
-        for name, annotation, default, comment in entry.parameters:
-            written = name + (f": {annotation}" if annotation else "") + (f" = {default}" if default else "")
-            rows.append(f"| {code(written)} | {plain(comment)} |")
-        if any(entry.returns):
-            rows.append(f"| *returns* {code(entry.returns[0])} | {plain(entry.returns[1])} |")
-        yield "\n".join(rows)
+    yield parameter_table(entry)
     yield f'<p class="entry-links" markdown="span">{links}</p>'
     for member in entry.members:
         yield from render_entry(member, module, source_url)
