@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 
 from links import broken_links
-from reference import read_module, render_module
+from reference import lazy_names, read_module, render_module, render_overview
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_CODE = 12   # lines of code above a picture; more are folded
@@ -240,7 +240,7 @@ class PageWriter:
         self.images += 1
         text = "".join(data)
         (self.book.docs/file).write_bytes(text.encode() if kind == "image/svg+xml" else b64decode(text))
-        return f"![]({file}){{ .output loading=lazy }}"
+        return f"![What the code above draws]({file}){{ .output loading=lazy }}"
 
 
 def mostly_imports(text):
@@ -271,8 +271,8 @@ def notes(book, name):
     path = book.pages[name].relative_to(ROOT).as_posix()
     if path.startswith("outputs"):
         run = path.split("/")[1]
-        stored = "made when this site was built" if name == "evaluate" else "stored with the repository"
-        return f"!!! report \"The report of the run `{run}`, {stored}. See {notebook}.\""
+        made = "made with this site" if name == "evaluate" else "with the code that it was made with"
+        return f"!!! report \"The report of the run `{run}`, {made}. See {notebook}.\""
     if name == "explore":
         return ("!!! report \"The explorer needs a Python behind it: `make explore` opens it. Here is a "
                 f"picture; see {notebook}.\"\n\n![]({book.target('images/explorer.png', 'nbs')})")
@@ -310,6 +310,8 @@ def write_pages(book):
     for name in book.pages:
         text = below_title(PageWriter(book, name).write(), notes(book, name))
         (docs/f"{name}.md").write_text(landing_page(text) if name == "index" else text, encoding="utf-8")
+    overview = render_overview(book.modules, lazy_names(ROOT/"tinycats"/"__init__.py"))
+    (docs/"reference"/"index.md").write_text(overview, encoding="utf-8")
     for module in book.modules:
         url = f"{book.blob}/tinycats/{module.name}.py"
         (docs/"reference"/f"{module.name}.md").write_text(render_module(module, url), encoding="utf-8")
@@ -326,10 +328,12 @@ def write_config(book):
             sections.append({part: files})
         contents.append({tab: sections})
     if sorted(listed) != sorted(book.pages):
-        stray = sorted(set(listed) ^ set(book.pages))
-        raise SystemExit(f"docs/build.py: NAVIGATION and nbs/ differ by {', '.join(stray)}")
-    contents.append({"API reference": [{m.name: f"reference/{m.name}.md"} for m in book.modules]})
+        stray = ", ".join(sorted(set(listed) ^ set(book.pages)))
+        raise SystemExit(f"docs/build.py: NAVIGATION and nbs/ differ by {stray}: place it in NAVIGATION")
     ini = settings()
+    modules = [{module.name: f"reference/{module.name}.md"} for module in book.modules]
+    contents.append({"API reference": ["reference/index.md", *modules]})
+    contents.append({"Source code": ini["git_url"]})
     source_code = dict(icon="fontawesome/brands/github", link=ini["git_url"], name="Source code")
     config = dict(
         site_name=ini["title"], site_description=ini["description"], copyright=f"© {ini['copyright']}",

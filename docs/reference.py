@@ -11,6 +11,25 @@ from pathlib import Path
 CODE_SPAN = re.compile(r"(`[^`]+`)")
 CELL = re.compile(r"^# %% \.\./nbs/(\w+)\.ipynb #(\w+)$")
 
+OVERVIEW = """# API reference
+
+> Every public name of the package, with what its source says of each parameter.
+
+## `import tinycats`
+
+These names are found without knowing the modules:
+
+| | |
+|---|---|
+{names}
+
+## Modules
+
+| | |
+|---|---|
+{modules}
+"""
+
 
 @dataclass
 class Parameter:
@@ -222,3 +241,22 @@ def render_module(module, source_url):
     for entry in module.entries:
         blocks += render_entry(entry, module, source_url)
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def lazy_names(path):
+    "{name: module} of what `import tinycats` offers."
+    for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
+        if "_LAZY" in defined_names(node):
+            return {keyword.arg: keyword.value.value for keyword in node.value.keywords}
+    return {}
+
+
+def render_overview(modules, offered):
+    "The first page of the reference: what the package offers, and its modules."
+    by_name = {module.name: module for module in modules}
+    names = []
+    for name, module in offered.items():
+        entry = next(entry for entry in by_name[module].entries if entry.name == name)
+        names.append(f"| [`{name}`]({module}.md#{name}) | {plain(entry.text)} |")
+    rows = [f"| [`tinycats.{module.name}`]({module.name}.md) | {plain(module.text)} |" for module in modules]
+    return OVERVIEW.format(names="\n".join(names), modules="\n".join(rows))

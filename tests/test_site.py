@@ -15,7 +15,7 @@ from helpers import needs_chromium
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/"docs"))
 from links import broken_links  # noqa: E402
-from reference import read_module, render_module  # noqa: E402
+from reference import lazy_names, read_module, render_module, render_overview  # noqa: E402
 
 NOTEBOOKS = sorted(p.stem for p in (ROOT/"nbs").glob("*.ipynb"))
 MODULES = sorted(ROOT.glob("tinycats/[a-z]*.py"))
@@ -85,6 +85,12 @@ def test_broken_links_are_found(tmp_path, body, problem):
     assert not problem or problem in found[0]
 
 
+def test_the_workflow_publishes_what_make_builds():
+    workflow = (ROOT/".github"/"workflows"/"site.yml").read_text(encoding="utf-8")
+    assert "- run: make site\n" in workflow
+    assert "path: _site\n" in workflow
+
+
 # -- The reference -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("path", MODULES, ids=[p.stem for p in MODULES])
@@ -96,6 +102,15 @@ def test_every_public_name_is_in_the_reference(path):
     assert {entry.name for entry in module.entries} == public
     page = render_module(module, "source")
     assert not [name for name in public if f"{{ #{name} }}" not in page]
+
+
+def test_the_overview_has_what_import_tinycats_offers():
+    import tinycats
+    offered = lazy_names(ROOT/"tinycats"/"__init__.py")
+    assert set(offered) == set(tinycats.__all__)
+    page = render_overview(list(map(read_module, MODULES)), offered)
+    assert "| [`flow_loss`](flow.md#flow_loss) | Flow-matching loss of a clean-image" in page
+    assert "| [`tinycats.flow`](flow.md) | Mix an image with noise" in page
 
 
 EXAMPLE = '''"Averages."

@@ -40,6 +40,10 @@ for (const place of document.querySelectorAll(".draw-here")) {
     const frame = document.createElement("iframe");
     frame.src = place.dataset.page;
     frame.title = "Draw cats in your browser";
+    frame.addEventListener("load", () => {
+      const page = frame.contentDocument.body;
+      new ResizeObserver(() => { frame.style.height = `${page.scrollHeight + 4}px`; }).observe(page);
+    });
     place.replaceChildren(frame);
   });
 }
