@@ -19,15 +19,23 @@ OVERVIEW = """# API reference
 
 These names are found without knowing the modules:
 
+<div class="parameters names" markdown="1">
+
 | | |
 |---|---|
 {names}
 
+</div>
+
 ## Modules
+
+<div class="parameters names" markdown="1">
 
 | | |
 |---|---|
 {modules}
+
+</div>
 """
 
 
