@@ -359,7 +359,7 @@ def build(target, quick=False):
         book = Book(Path(folder), executed=not quick)
         write_pages(book)
         write_config(book)
-        command = [sys.executable, "-m", "zensical", "build", "--strict", "-f", "mkdocs.yml"]
+        command = [sys.executable, "-m", "zensical", "build", "-f", "mkdocs.yml"]
         done = subprocess.run(
             command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:

@@ -172,7 +172,7 @@ def test_the_reference_has_what_stands_beside_a_parameter(tmp_path):
 COUNT = """() => ({
     formulas: document.querySelectorAll('.arithmatex').length,
     drawn: document.querySelectorAll('.arithmatex .katex').length,
-    wrong: [...document.querySelectorAll('.katex-error')].map(e => e.title),
+    wrong: [...document.querySelectorAll('.katex-error, [mathcolor="#cc0000"]')].map(e => e.textContent),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth})"""
 
 
