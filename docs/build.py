@@ -163,9 +163,10 @@ class PageWriter:
         return "\n".join(lines)
 
     def mention(self, match):
-        "The first mention of a public name on a page is a link to the reference."
-        name = match[2]
-        if name not in self.book.documented or name in self.mentioned:
+        "The first mention of a public name on a page is a link to the reference, but not in a heading."
+        name, before = match[2], match.string[:match.start()]
+        in_heading = before.rpartition("\n")[2].startswith("#")
+        if name not in self.book.documented or name in self.mentioned or in_heading:
             return match[0]
         self.mentioned.add(name)
         return f"[{match[0]}]({self.book.documented[name]})"
@@ -266,7 +267,7 @@ def evaluate_report():
 
 
 def notes(book, name):
-    "A line below the title of a page that runs: which report this is."
+    "A line below the title: where the page comes from, and of a page that runs, which report this is."
     notebook = f"[the notebook]({book.blob}/nbs/{name.removeprefix('pets64_')}.ipynb)"
     path = book.pages[name].relative_to(ROOT).as_posix()
     if path.startswith("outputs"):
@@ -278,7 +279,9 @@ def notes(book, name):
                 f"picture; see {notebook}.\"\n\n![]({book.target('images/explorer.png', 'nbs')})")
     if name == "sweep":
         return f"!!! report \"Shown without results: it compares runs of your own. See {notebook}.\""
-    return ""
+    modules = [f"[API reference](reference/{m.name}.md)" for m in book.modules if m.notebook == name]
+    line = " · ".join([notebook.replace("the ", "", 1), *modules])
+    return f"{line}\n{{ .origin }}" if name != "index" else ""
 
 
 def landing_page(text):

@@ -67,6 +67,8 @@ def test_names_in_the_text_lead_to_the_reference(site):
     text = (site/"05_trainer.html").read_text(encoding="utf-8")
     assert 'href="reference/trainer.html#accumulate_grads"' in text
     assert 'id="code-accumulate_grads"' in text
+    assert 'href="reference/trainer.html">API reference' in text
+    assert '/nbs/05_trainer.ipynb">notebook' in text
 
 
 @pytest.mark.parametrize("body, problem", [
