@@ -24,7 +24,7 @@ CHECK    := import sys; found = "%d.%d" % sys.version_info[:2]; \
             found in sys.argv[1:] or sys.exit("This is Python %s, and tinycats runs on %s. Name one of them: \
             make PYTHON=python%s ..." % (found, " ".join(sys.argv[1:]), sys.argv[len(sys.argv)//2]))
 
-.PHONY: help demo evaluate explore page lab test data pull bench
+.PHONY: help demo evaluate explore page site lab test data pull bench
 
 help: ## list the targets (this list)
 	@awk -F':.*## ' '/^[a-z]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,9 @@ explore: $(READY) ## open the explorer alone, without code, in the browser
 
 page: $(READY) ## write a web page that draws in the browser: run=toy; other weights: args="--weights int8"
 	@$(PYTHON_HERE) -m tinycats.export
+
+site: $(READY) ## render the book as a web site into _site; in a hurry, without running anything: quick=1
+	@$(PYTHON_HERE) docs/build.py $(if $(filter-out 0 no false False,$(quick)),--quick)
 
 lab: $(READY) ## open the book in JupyterLab
 	@$(PYTHON_HERE) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(args)

@@ -20,7 +20,7 @@ NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
 CHAPTERS = sorted((ROOT/"nbs").glob("[0-9a][0-9]_*.ipynb"))
 PAGES = "train evaluate compare_ema explore sweep settings ablation bench".split()
 MODULES = sorted(p.stem for p in (ROOT/"tinycats").glob("[a-z]*.py"))
-TESTS = sorted((ROOT/"tests").glob("*.py")) + [ROOT/"setup.py"]
+TESTS = [*sorted((ROOT/"tests").glob("*.py")), *sorted((ROOT/"docs").glob("*.py")), ROOT/"setup.py"]
 
 # Which module may import which.
 ARROWS = dict(
