@@ -18,12 +18,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, Optional
 
-import modal
 from pydantic import AfterValidator, Field
 
-from .pages import ParameterParser, read_yaml, report_path, resources_folder, run_page
+from .pages import ParameterParser, read_yaml, report_path, run_page
 from .params import ParameterError, RunName, check_params, notebook_params
-from .util import catch_signals, find_path, partial_path, project_root, train_flops
+from .util import (
+    MissingExtra, catch_signals, find_path, partial_path, project_root, resources_folder, train_flops)
+
+try:
+    import modal
+except ImportError:
+    raise (SystemExit if __name__ == "__main__" else MissingExtra)(
+        "modal is not installed: pip install 'tinycats[cloud]'") from None
 
 # %% ../nbs/09_cloud.ipynb #c05
 WORKDIR = "/cats" # the working folder in the container
@@ -41,7 +47,9 @@ def image_spec() -> SimpleNamespace: # python, packages, constraints, env, files
     ini = ConfigParser()
     ini.read(folder/"settings.ini", encoding="utf-8")
     settings = ini["DEFAULT"]
-    packages = f"{settings.get('requirements', '')} {settings.get('fid_requirements', '')}".split()
+    packages = []
+    for name in ("requirements", "cloud_requirements", "fid_requirements"):
+        packages += settings.get(name, "").split()
     notebooks = [f"nbs/{name}.ipynb" for name in NOTEBOOKS if _notebook(name).exists()]
     names = ["settings.ini", "constraints.txt", *notebooks]
     return SimpleNamespace(

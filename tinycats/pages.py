@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPIN_COUNT', 'REPORTS', 'EXPECTED_ERRORS', 'read_yaml', 'read_params_file', 'ParameterParser', 'parse_papermill_args',
-           'limit_spinning', 'report_path', 'run_page', 'resources_folder', 'plan_page', 'main']
+           'limit_spinning', 'report_path', 'run_page', 'plan_page', 'run_command', 'main']
 
 # %% ../nbs/12_pages.ipynb #c02
 import os, shlex, sys
@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from .params import ParameterError, RunName, check_params, coerce, notebook_params
-from .util import find_path, project_root
+from .util import MissingExtra, find_path, project_root, require_extra, resources_folder
 
 # %% ../nbs/12_pages.ipynb #c05
 def read_yaml(
@@ -34,11 +34,14 @@ def read_yaml(
     return content
 
 def read_params_file(
-    path:str|Path, # a YAML file; a relative path is looked for in the folders above, too
+    path:str|Path, # a YAML file, looked for in the folders above, too; or the name of one of ours, such as full
 ) -> dict: # {name: value}
     "The parameters in a file; a ParameterError if it cannot be read."
+    ours = resources_folder()/"nbs"/"params"
+    places = (find_path(path), resources_folder()/path, ours/f"{path}.yaml")
+    found = next((place for place in places if place.is_file()), places[0])
     try:
-        return read_yaml(find_path(path).read_text(encoding="utf-8"), f"{str(path)!r}")
+        return read_yaml(found.read_text(encoding="utf-8"), f"{str(path)!r}")
     except (OSError, UnicodeDecodeError) as e:
         reason = getattr(e, "strerror", None) or "no text"
         raise ParameterError(f"{str(path)!r} cannot be read ({reason}): name a YAML file, such as "
@@ -123,12 +126,6 @@ def run_page(
     failed.unlink(missing_ok=True)
 
 # %% ../nbs/12_pages.ipynb #c16
-def resources_folder() -> Path:
-    "The folder with settings.ini, constraints.txt and nbs/: in a clone, an installed wheel, or a container."
-    package = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-    folders = (package.parent, package/"resources")
-    return next((f for f in folders if (f/"settings.ini").is_file()), project_root())
-
 def _find_page(name):
     "The notebook of a name or path."
     path = Path(name) if name.endswith(".ipynb") else resources_folder()/"nbs"/f"{name}.ipynb"
@@ -164,27 +161,39 @@ def plan_page(
     outputs = project_root()/"outputs"
     if source.stem in ("evaluate", "settings") and not (outputs/run).is_dir():
         raise ParameterError(f"run={run!r}: there is no folder {outputs/run}; train it with "
-                             f"make demo run={run}, or try run=toy")
+                             f"make demo run={run} or tinycats train {run}, or try run=toy")
     return source, report_path(outputs, source.stem, run), {name: values[name] for name in given}
 
 # %% ../nbs/12_pages.ipynb #c18
-EXPECTED_ERRORS = ("ParameterError", "CheckpointError", "KeyboardInterrupt", "SystemExit") # said in one line
+# What is said in one line.
+EXPECTED_ERRORS = ("ParameterError", "MissingExtra", "CheckpointError", "KeyboardInterrupt", "SystemExit")
 
-def main(
+def run_command(
     words:list, # as for `plan_page`
+    run:str|None=None, # as for `plan_page`
 ):
-    "Run a page; the command line, and TINYCATS_RUN and TINYCATS_ARGS of the environment, say which and how."
-    from papermill.exceptions import PapermillExecutionError
-    words = [*words, *shlex.split(os.environ.get("TINYCATS_ARGS", ""))]
+    "Run a page; an error ends the program with one line."
     try:
-        source, target, params = plan_page(words, os.environ.get("TINYCATS_RUN"))
+        source, target, params = plan_page(words, run)
+        require_extra("lab", "papermill", "ipykernel")
+    except (ParameterError, MissingExtra, OSError) as e:
+        raise SystemExit(" ".join(str(e).split())) from None
+    from papermill.exceptions import PapermillExecutionError
+    try:
         run_page(source, target, params)
-    except (ParameterError, OSError) as e:
+    except OSError as e:
         raise SystemExit(" ".join(str(e).split())) from None
     except PapermillExecutionError as e:
         name, failed = f"{e.ename}: {' '.join(str(e.evalue).split())}", target.with_suffix(".failed.ipynb")
         details = "" if e.ename in EXPECTED_ERRORS else f"{e}\n"
         raise SystemExit(f"{details}{name}\nThe page so far is in {failed}") from None
+
+def main(
+    words:list, # as for `plan_page`
+):
+    "What make does: TINYCATS_RUN and TINYCATS_ARGS of the environment say which page to run, and how."
+    arguments = shlex.split(os.environ.get("TINYCATS_ARGS", ""))
+    run_command([*words, *arguments], os.environ.get("TINYCATS_RUN"))
 
 if __name__ == "__main__":
     if __spec__ is not None: # python -m tinycats.pages; a notebook has no __spec__
