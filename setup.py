@@ -12,13 +12,15 @@ ini.read(ROOT/"settings.ini", encoding="utf-8")
 settings = ini["DEFAULT"]
 
 # What a wheel takes along beside the package: what its commands run, and a trained network to begin with.
-RESOURCES = """settings.ini constraints.txt nbs/train.ipynb nbs/evaluate.ipynb nbs/sweep.ipynb nbs/explore.ipynb
-               nbs/params/*.yaml nbs/page/**/* outputs/toy/config.json outputs/toy/ema.safetensors""".split()
+RESOURCES = """settings.ini constraints.txt
+               nbs/train.ipynb nbs/evaluate.ipynb nbs/sweep.ipynb nbs/explore.ipynb
+               nbs/params/*.yaml nbs/page/**/*
+               outputs/toy/config.json outputs/toy/ema.safetensors""".split()
 
 
 class BuildWithResources(build_py):
-    """A wheel contains what tinycats.cloud sends to a container (notebooks, parameter files, pinned versions),
-    what tinycats.export copies (the page for the browser) and the toy run, which `tinycats sample` begins with."""
+    """A wheel contains what tinycats.cloud sends to a container (notebooks, parameter files, pinned
+    versions), what tinycats.export copies (the page for the browser), and the toy run to draw with."""
 
     def run(self):
         super().run()
@@ -63,7 +65,7 @@ setup(
                  *(f"Programming Language :: Python :: {version}" for version in versions)],
     packages=[settings["lib_name"]],
     package_data={settings["lib_name"]: ["py.typed"]},
-    entry_points=dict(console_scripts=["tinycats = tinycats.cli:main"]),
+    entry_points=dict(console_scripts=["tinycats = tinycats.__main__:main"]),
     cmdclass={"build_py": BuildWithResources},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),

@@ -19,18 +19,19 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
 CHAPTERS = sorted((ROOT/"nbs").glob("[0-9a][0-9]_*.ipynb"))
 PAGES = "train evaluate compare_ema explore sweep settings ablation bench".split()
-MODULES = sorted(p.stem for p in (ROOT/"tinycats").glob("[a-z]*.py"))
+MODULES = ["__main__", *sorted(p.stem for p in (ROOT/"tinycats").glob("[a-z]*.py"))]
 TESTS = sorted((ROOT/"tests").glob("*.py")) + [ROOT/"setup.py"]
 
 # Which module may import which.
 ARROWS = dict(
     util="", core="", params="", flow="", ema="",
-    toy="core", data="util core", dit="util core", checkpoint="util",
+    toy="core", data="util core", dit="util core hub", checkpoint="util",
     trainer="util core params flow ema checkpoint",
     viz="util core flow", metrics="util core",
     runs="util core params data toy dit ema checkpoint metrics viz",
     explorer="util core dit flow viz runs", pages="util params",
-    export="util params flow runs pages", cloud="util params pages checkpoint")
+    export="util params flow runs pages", cloud="util params pages checkpoint",
+    __main__="util params pages dit runs viz data export cloud hub", hub="util")
 
 # What importing a module must not load.
 TOOLS = """nbdev fastcore execnb nbformat nbconvert nbclient jupyter_client jupyter_core jupyterlab
@@ -39,7 +40,7 @@ DISPLAY = "matplotlib IPython ipywidgets ipykernel torchvision".split()
 UNWANTED = {name: [*TOOLS, "modal"] for name in ARROWS}
 for name in "core data toy dit flow ema checkpoint trainer metrics".split():
     UNWANTED[name] += DISPLAY
-for name in ("util", "params", "pages"):
+for name in ("util", "params", "pages", "hub", "__main__"):
     UNWANTED[name] += [*DISPLAY, "torch", "numpy"]
 UNWANTED["cloud"] = [*TOOLS, *DISPLAY, "torch", "numpy"]
 

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = ['ImageDataset', 'BREEDS', 'load_pets', 'toy_cats', 'TinyDiT', 'load_model', 'save_model', 'flow_loss', 'sample', 'EMA',
            'Trainer', 'TrainConfig', 'show', 'image_grid', 'class_sheet', 'generate', 'load_run', 'export_onnx',
-           'write_page']
+           'write_page', 'push_to_hub']
 
 # %% ../nbs/a4_package.ipynb #c03
 import importlib
@@ -17,12 +17,12 @@ _LAZY = dict(
     flow_loss="flow", sample="flow", EMA="ema",
     Trainer="trainer", TrainConfig="params",
     show="viz", image_grid="viz", class_sheet="viz", generate="viz",
-    load_run="runs", export_onnx="export", write_page="export",
+    load_run="runs", export_onnx="export", write_page="export", push_to_hub="hub",
 ) # {name: the module that defines it}
 
 _all_ = ["ImageDataset", "BREEDS", "load_pets", "toy_cats", "TinyDiT", "load_model", "save_model",
          "flow_loss", "sample", "EMA", "Trainer", "TrainConfig", "show", "image_grid", "class_sheet",
-         "generate", "load_run", "export_onnx", "write_page"]
+         "generate", "load_run", "export_onnx", "write_page", "push_to_hub"]
 
 def __getattr__(name):
     "Import a name from its module when it is first used."

@@ -13,6 +13,7 @@ import torch, torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn, Tensor
+from .hub import fetch_weights, parse_repo
 from .util import atomic_write, find_path
 
 # %% ../nbs/01_dit.ipynb #c07
@@ -307,11 +308,15 @@ def _from_file(weights, header):
     return model
 
 def load_model(
-    path:str|Path, # a .safetensors file, or a run folder (its ema.safetensors), here or in a folder above
+    path:str|Path, # a .safetensors file, a run folder (its ema.safetensors), or user/name on the Hub
     device:str|torch.device="cpu", # where the network should live
+    revision:str|None=None, # on the Hub: a branch, tag or commit
 ) -> TinyDiT: # float32, in eval mode, with `classes` and `metadata` as saved
-    "Load a network that `save_model` wrote."
+    "Load a network that `save_model` wrote, from here, from a folder above, or from the Hugging Face Hub."
+    repo, at = parse_repo(path)
     path = find_path(path)
+    if repo and not path.exists():
+        path = fetch_weights(repo, revision or at)
     if path.is_dir():
         path = path/"ema.safetensors"
     if not path.is_file():

@@ -34,7 +34,7 @@ def read_yaml(
     return content
 
 def read_params_file(
-    path:str|Path, # a YAML file, looked for in the folders above, too; or the name of one of ours, such as full
+    path:str|Path, # a YAML file, looked for in the folders above, too; or one of ours, such as full
 ) -> dict: # {name: value}
     "The parameters in a file; a ParameterError if it cannot be read."
     ours = resources_folder()/"nbs"/"params"

@@ -27,20 +27,26 @@ def is_project(
 
 def project_root() -> Path: # an absolute folder
     "The nearest folder at or above the working folder that holds tinycats; else the working folder."
+    if root := os.environ.get("TINYCATS_ROOT"): # whoever starts a kernel elsewhere says where we are
+        return Path(root)
     here = Path.cwd()
     return next(filter(is_project, (here, *here.parents)), here)
 
+def _package():
+    "The folder of the package; in a notebook the working folder."
+    return Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+
 def resources_folder() -> Path:
     "The folder with settings.ini, constraints.txt and nbs/: in a clone, an installed wheel, or a container."
-    package = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-    return next(filter(is_project, (package.parent, package/"resources")), project_root())
+    return next(filter(is_project, (_package().parent, _package()/"resources")), project_root())
 
 def find_path(
     path:str|Path, # a relative path is looked for in the working folder and in those above it
 ) -> Path: # the first that exists, else `path` itself
-    "Look a file or folder up in the working folder and its parents."
+    "Look a file or folder up in the working folder, its parents, and what a wheel brings (outputs/toy)."
     path = Path(path).expanduser()
-    return next((folder/path for folder in (Path(), *Path.cwd().parents) if (folder/path).exists()), path)
+    folders = (Path(), *Path.cwd().parents, _package()/"resources")
+    return next((folder/path for folder in folders if (folder/path).exists()), path)
 
 # %% ../nbs/a1_util.ipynb #c08
 class MissingExtra(ImportError):
