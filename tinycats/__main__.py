@@ -212,6 +212,7 @@ def _parser():
     parser.add_argument("words", nargs=REMAINDER, help=SUPPRESS)
     return parser
 
+# %% ../nbs/14_cli.ipynb #c17
 def _find_command(name):
     "The function of a command; a ParameterError names the nearest if there is none."
     if name not in COMMANDS:
@@ -235,7 +236,7 @@ def main(
     except KeyboardInterrupt:
         raise SystemExit("stopped") from None
 
-# %% ../nbs/14_cli.ipynb #c17
+# %% ../nbs/14_cli.ipynb #c18
 if __name__ == "__main__":
     if __spec__ is not None: # python -m tinycats; a notebook has no __spec__
         main()
