@@ -25,6 +25,12 @@ class Hub:
         return (commit, repo["commits"][commit]) if commit in repo["commits"] else None
 
 
+def upload_mode(path):
+    "Weights are uploaded by themselves (git-lfs), other files inside the commit."
+    mode = "lfs" if path.endswith(".safetensors") else "regular"
+    return dict(path=path, uploadMode=mode, shouldIgnore=False)
+
+
 def make_handler(hub):
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -68,8 +74,8 @@ def make_handler(hub):
             if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
                 found = self.repo(match[1]) and hub.find(match[1], match[2])
                 if found:
-                    rows = [dict(type="file", path=p, size=len(data), oid="0"*40) for p, data in found[1].items()]
-                    self.answer(200, rows, Content_Type="application/json")
+                    files = [dict(type="file", path=p, size=len(d), oid="0"*40) for p, d in found[1].items()]
+                    self.answer(200, files, Content_Type="application/json")
             elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
                 if self.repo(match[1]):
                     self.resolve(match[1], match[2], match[3])
@@ -106,9 +112,7 @@ def make_handler(hub):
                 refs.setdefault(match[2], refs["main"])
                 self.answer(201, {})
             elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/([^?]+).*", self.path):
-                files = [dict(path=f["path"], uploadMode="lfs" if f["path"].endswith("tensors") else "regular",
-                              shouldIgnore=False) for f in json.loads(data)["files"]]
-                self.answer(200, dict(files=files))
+                self.answer(200, dict(files=[upload_mode(f["path"]) for f in json.loads(data)["files"]]))
             elif match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self.path):
                 self.lfs_batch(json.loads(data))
             elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/([^?]+).*", self.path):
@@ -149,7 +153,8 @@ def make_handler(hub):
             commit = hashlib.sha1(data).hexdigest()
             repo["commits"][commit] = files
             repo["refs"][revision] = commit
-            self.answer(200, dict(success=True, commitOid=commit, commitUrl=f"{hub.address}/{name}/commit/{commit}"))
+            address = f"{hub.address}/{name}/commit/{commit}"
+            self.answer(200, dict(success=True, commitOid=commit, commitUrl=address))
 
     return Handler
 

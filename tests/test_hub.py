@@ -1,5 +1,5 @@
-"""The Hub as a program sees it: push, list, load, private repositories, revisions and the cache, over HTTP with
-a stand-in on this machine. Each step is a process of its own, as huggingface_hub reads its environment once."""
+"""The Hub as a program sees it: push, list, load, private repositories, revisions and the cache, over HTTP
+with a stand-in on this machine. Each step is a process of its own: huggingface_hub reads its environment once."""
 import os
 import subprocess
 import sys
@@ -45,7 +45,8 @@ def run(project, hub, code, token=TOKEN, **env):
                HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", NO_PROXY="127.0.0.1") | env
     if token:
         env["HF_TOKEN"] = token
-    done = subprocess.run([sys.executable, "-c", code], cwd=project, env=kept | env, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=project, env=kept | env, capture_output=True, text=True)
     return done.returncode, done.stdout.strip(), (done.stderr.strip().splitlines() or [""])[-1]
 
 
@@ -121,14 +122,15 @@ def test_errors_are_one_line(hub, project):
         assert status != 0
         return error
 
-    assert last_line(LOAD.format("'user/none'")).startswith("FileNotFoundError: user/none: the Hub knows no such")
+    assert "user/none: the Hub knows no such repository; check" in last_line(LOAD.format("'user/none'"))
     assert last_line(PUSH.format(""), token=None).startswith("PermissionError: user/mine: ")
     assert not hub.repos
     other = PUSH.format("").replace("user/mine", "somebody/mine")
     assert "this token may not do that" in last_line(other)
-    hub.repos["user/empty"] = dict(private=False, refs=dict(main="1"*40), commits={"1"*40: {"README.md": b""}})
+    commits = {"1"*40: {"README.md": b""}}
+    hub.repos["user/empty"] = dict(private=False, refs=dict(main="1"*40), commits=commits)
     assert "holds no TinyDiT: it has no ema.safetensors" in last_line(LOAD.format("'user/empty'"))
-    hub.repos["user/empty"]["commits"]["1"*40]["ema.safetensors"] = b"something else"
+    commits["1"*40]["ema.safetensors"] = b"something else"
     assert "holds no TinyDiT" in last_line(LOAD.format("'user/empty'"))
     assert "knows no such revision" in last_line(LOAD.format("'user/empty', revision='v9'"))
 

@@ -31,7 +31,8 @@ ARROWS = dict(
     runs="util core params data toy dit ema checkpoint metrics viz",
     explorer="util core dit flow viz runs", pages="util params",
     export="util params flow runs pages", cloud="util params pages checkpoint",
-    __main__="util params pages dit runs viz data export cloud hub", hub="util")
+    __main__="util params pages dit runs viz data export cloud hub tracking", hub="util",
+    tracking="util params runs viz")
 
 # What importing a module must not load.
 TOOLS = """nbdev fastcore execnb nbformat nbconvert nbclient jupyter_client jupyter_core jupyterlab

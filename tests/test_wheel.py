@@ -1,5 +1,5 @@
-"""The wheel and the source archive as a stranger gets them: what is inside, and what they do in an environment
-that has the requirements and none of the extras, in a folder that knows nothing of tinycats."""
+"""The wheel and the source archive as a stranger gets them: what is inside, and what they do in an
+environment that has the requirements and none of the extras, in a folder that knows nothing of tinycats."""
 import importlib.util
 import os
 import re
@@ -63,7 +63,7 @@ def without_extras():
 def top_level(name):
     "The files and folders in site-packages that belong to a distribution."
     from importlib.metadata import distribution
-    return {path.parts[0] for path in distribution(name).files or [] if path.parts[0] not in ("..", "__pycache__")}
+    return {path.parts[0] for path in distribution(name).files or []} - {"..", "__pycache__"}
 
 
 def link_packages(names, site):
@@ -179,7 +179,7 @@ def test_without_extras_it_draws_a_cat(bare, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["deep", "settings.ini"]
     colours = Image.open(tmp_path/"deep"/"cats.png").convert("RGB").getcolors(10**6)
     assert len(colours) > 500
-    code = "from tinycats import load_model, toy_cats, Trainer, show\nprint(load_model('outputs/toy').num_classes)"
+    code = "from tinycats import load_model, Trainer, show\nprint(load_model('outputs/toy').num_classes)"
     assert run(bare, tmp_path, "-c", code).stdout == "13\n"
 
 

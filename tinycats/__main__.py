@@ -181,6 +181,14 @@ def _push(words):
     from tinycats.hub import push_to_hub
     print(push_to_hub(**vars(parser.parse_args(words))))
 
+def _log(words):
+    "Write the records and sheets of a run for TensorBoard or trackio."
+    parser = ParameterParser(prog="tinycats log", allow_abbrev=False, description=_log.__doc__)
+    parser.add_argument("run", help="the name of a run, or the path of its folder")
+    parser.add_argument("--to", default="tensorboard", help="tensorboard or trackio; tensorboard")
+    from tinycats.tracking import log_run
+    print(f"{log_run(**vars(parser.parse_args(words)))} records")
+
 def _data(words):
     "Download the Oxford-IIIT Pet pictures once, into data/ (about 800 MB)."
     parser = ParameterParser(prog="tinycats data", description=_data.__doc__)
@@ -198,6 +206,7 @@ COMMANDS = dict( # name: (function of the words after it, what it does)
     page=(_page, "write a web page that draws in the browser: RUN"),
     export=(_export, "write an ONNX file: RUN [OUT]"),
     cloud=(_cloud, "train or evaluate on a rented GPU: [--params full ...]; or pull RUN"),
+    log=(_log, "show a run in TensorBoard or trackio: RUN [--to trackio]"),
     push=(_push, "publish a run on the Hugging Face Hub: RUN user/name"),
     data=(_data, "download the photographs of real cats, into data/"))
 

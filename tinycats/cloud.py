@@ -48,8 +48,8 @@ def image_spec() -> SimpleNamespace: # python, packages, constraints, env, files
     ini.read(folder/"settings.ini", encoding="utf-8")
     settings = ini["DEFAULT"]
     packages = []
-    for name in ("requirements", "cloud_requirements", "fid_requirements"):
-        packages += settings.get(name, "").split()
+    for extra in ("", "cloud_", "log_", "fid_"):
+        packages += settings.get(f"{extra}requirements", "").split()
     notebooks = [f"nbs/{name}.ipynb" for name in NOTEBOOKS if _notebook(name).exists()]
     names = ["settings.ini", "constraints.txt", *notebooks]
     return SimpleNamespace(

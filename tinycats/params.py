@@ -6,8 +6,9 @@
 __all__ = ['PositiveInt', 'NonNegativeInt', 'Seed', 'BatchSize', 'SampleCount', 'SolverSteps', 'ToyCount', 'CheckpointCount',
            'ImageSize', 'Width', 'Depth', 'HeadCount', 'PositiveFloat', 'NonNegativeFloat', 'Fraction', 'Probability',
            'LogitMean', 'LogitStd', 'CfgScale', 'Device', 'Precision', 'DataName', 'Prediction', 'TimeSampling',
-           'Solver', 'RunName', 'EvaluationName', 'Text', 'ResumeFrom', 'EmaDecays', 'TimeInterval', 'ParameterError',
-           'describe', 'coerce', 'check_params', 'notebook_params', 'read_params', 'TrainConfig', 'Optional']
+           'Solver', 'Tracker', 'RunName', 'EvaluationName', 'Text', 'ResumeFrom', 'EmaDecays', 'TimeInterval',
+           'ParameterError', 'describe', 'coerce', 'check_params', 'notebook_params', 'read_params', 'TrainConfig',
+           'Optional']
 
 # %% ../nbs/10_params.ipynb #c02
 import ast, inspect, json
@@ -61,6 +62,7 @@ DataName = Literal["toy", "pets", "heads"]
 Prediction = Literal["clean", "velocity"]
 TimeSampling = Literal["logit_normal", "uniform"]
 Solver = Literal["euler", "heun", "ab2"]
+Tracker = Literal["tensorboard", "trackio"]
 
 # %% ../nbs/10_params.ipynb #c10
 def _fits_file_system(name):
