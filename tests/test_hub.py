@@ -1,5 +1,5 @@
 """The Hub as a program sees it: push, list, load, private repositories, revisions and the cache, over HTTP
-with a stand-in on this machine. Each step is a process of its own: huggingface_hub reads its environment once."""
+with a stand-in on this machine. Each step is a process of its own: the environment is read only once."""
 import os
 import subprocess
 import sys

@@ -221,7 +221,7 @@ def _describe_estimate(plan):
 # %% ../nbs/09_cloud.ipynb #c30
 def describe_plan(
     plan:Namespace, # from `parse_args`
-    words:list=(), # the command line itself
+    words:list|tuple=(), # the command line itself
 ): # lines of text, one by one
     "Say what is going to happen."
     spec = image_spec()
