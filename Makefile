@@ -20,9 +20,17 @@ export GOMP_SPINCOUNT ?= 1000
 endif
 
 VERSIONS := $(shell sed -n 's/^python_versions *= *//p' settings.ini)
-CHECK    := import sys; found = "%d.%d" % sys.version_info[:2]; \
-            found in sys.argv[1:] or sys.exit("This is Python %s, and tinycats runs on %s. Name one of them: \
-            make PYTHON=python%s ..." % (found, " ".join(sys.argv[1:]), sys.argv[len(sys.argv)//2]))
+CHECK    := import sys; here = sys.version_info[:2]; names = sys.argv[1:]; found = "%d.%d" % here; \
+            known = [tuple(map(int, name.split("."))) for name in names]; \
+            here < known[0] and sys.exit("This is Python %s, and tinycats needs %s or newer. Name one: \
+            make PYTHON=python%s ..." % (found, names[0], names[len(names)//2])); \
+            here > known[-1] and print("This is Python %s, and tinycats was tried with %s. Should something \
+            fail: make PYTHON=python%s ..." % (found, " ".join(names), names[-1]), file=sys.stderr)
+
+# Groups of files in a recipe need GNU make 3.82 or newer; macOS brings 3.81, which works too.
+ifeq ($(filter oneshell order-only,$(.FEATURES)),)
+$(error This is make $(MAKE_VERSION), and tinycats needs GNU make 3.81 or newer. Without make: pip install -e '.[lab]', then tinycats)
+endif
 
 .PHONY: help demo evaluate explore page site lab test data pull bench
 
@@ -70,5 +78,5 @@ $(READY): settings.ini setup.py constraints.txt
 	@echo "Setting up $(VENV) (the first time takes some minutes, most of them for torch)"
 	@test "$$($(PYTHON_HERE) -m pip -V 2>/dev/null | sed 's/.*(//')" = \
 	  "$$($(PYTHON) -c 'import sys; print("python %d.%d)" % sys.version_info[:2])')" || $(PYTHON) -m venv --clear $(VENV)
-	@$(PYTHON_HERE) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PYTHON_HERE) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[lab,cloud,dev]'
 	@touch $@

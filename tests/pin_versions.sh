@@ -3,7 +3,7 @@
 #   source .venv/bin/activate && bash tests/pin_versions.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python -m pip install -q -U --upgrade-strategy eager -e '.[dev,bench,fid]'
+python -m pip install -q -U --upgrade-strategy eager -e '.[lab,cloud,log,hub,fid,bench,dev]'
 {
   grep '^#' constraints.txt
   python -m pip freeze --exclude-editable \

@@ -66,7 +66,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("browser")
     for name in ("nbs", "outputs/toy", "outputs/both", "outputs/fruit"):
         (home/name).mkdir(parents=True)
-    (home/"settings.ini").touch()
+    (home/"settings.ini").write_text("lib_name = tinycats\n")
     shutil.copy(ROOT/"nbs/explore.ipynb", home/"nbs")
     for run in ("toy", "both"):
         shutil.copy(ROOT/"outputs/toy/ema.safetensors", home/"outputs"/run)

@@ -59,7 +59,7 @@ def run_offline(there, command, *words, faults=()):
     if not HAS_CONTAINERS:
         pytest.skip("modal_offline.py needs Linux and root")
     (there/"home").mkdir(exist_ok=True)
-    (there/"home"/"settings.ini").touch()
+    (there/"home"/"settings.ini").write_text("lib_name = tinycats\n")
     command = [sys.executable, script, "--state", there/"state", "--faults", json.dumps(list(faults)), "--",
                *command, *words]
     done = subprocess.run(command, cwd=there/"home", env=environment(), capture_output=True, text=True)
@@ -146,7 +146,7 @@ def train_command(**params):
 def undisturbed(pets, tmp_path_factory):
     "A run on this computer that was not disturbed: its weights, its folder, and how long it took."
     there = tmp_path_factory.mktemp("undisturbed")
-    (there/"settings.ini").touch()
+    (there/"settings.ini").write_text("lib_name = tinycats\n")
     start = time.monotonic()
     command = train_command(**TINY, run="undisturbed", data_root=str(pets.parent))
     done = subprocess.run(command, cwd=there, env=environment(), capture_output=True, text=True)
@@ -325,7 +325,7 @@ def test_one_container_a_run(tmp_path, monkeypatch):
     "A lock whose heartbeats go on is another's: refused in one line, not tried again; the report stays."
     folder = tmp_path/"outputs"/"g"
     folder.mkdir(parents=True)
-    (tmp_path/"settings.ini").touch()
+    (tmp_path/"settings.ini").write_text("lib_name = tinycats\n")
     (folder/"train.ipynb").write_text("the owner's report")
     lock_file = folder/".lock"
     owner = dict(host="tabby", pid=41, machine="another call", token="x", since=time.time() - 100, time=0)
@@ -402,7 +402,7 @@ def attempt(committed, number, until, stop, data_root):
     a signal. Returns the folder, and how the process ended: code, output, seconds after the signal."""
     there = committed.with_name(f"attempt{number}")
     there.mkdir()
-    (there/"settings.ini").touch()
+    (there/"settings.ini").write_text("lib_name = tinycats\n")
     shutil.copytree(committed, there/"outputs")
     env = environment(
         COMMITTED=str(committed), TINYCATS_VOLUME=cloud.OUTPUTS_VOLUME, TINYCATS_OWNER="one call",

@@ -57,7 +57,7 @@ def cells(notebook="evaluate", **params):
 def trained(tmp_path_factory):
     "A project with one tiny run: two averages, two checkpoints, and weights as train.ipynb leaves them."
     root = tmp_path_factory.mktemp("project")
-    (root/"settings.ini").touch()
+    (root/"settings.ini").write_text("lib_name = tinycats\n")
     folder = root/"outputs/tiny"
     torch.manual_seed(0)
     model = TinyDiT(16, patch_size=8, dim=32, depth=1, num_heads=2)
@@ -395,7 +395,7 @@ def test_the_published_run_stays_clean(tmp_path, monkeypatch):
     "A clone's outputs/toy is enough, and git ignores evaluations, unless they are named published."
     toy = tmp_path/"outputs/toy"
     toy.mkdir(parents=True)
-    (tmp_path/"settings.ini").touch()
+    (tmp_path/"settings.ini").write_text("lib_name = tinycats\n")
     monkeypatch.chdir(tmp_path)
     for name in ("ema.safetensors", "config.json"):
         shutil.copy(ROOT/"outputs/toy"/name, toy)
@@ -465,7 +465,7 @@ COMPARED = dict(
 
 def test_compare_ema(tmp_path):
     "The page trains its run, compares, and on the second start does not train again."
-    (tmp_path/"settings.ini").touch()
+    (tmp_path/"settings.ini").write_text("lib_name = tinycats\n")
     done = papermill(tmp_path, "compare_ema", **COMPARED)
     assert done.returncode == 0, done.stderr
     run = tmp_path/"outputs/compare_ema"
@@ -514,7 +514,7 @@ def write_run(name, seed, evaluations):
 def test_sweep(tmp_path, monkeypatch):
     "Parameters that differ are named, a seed too; runs are compared under the same, newest settings."
     monkeypatch.chdir(tmp_path)
-    (tmp_path/"settings.ini").touch()
+    (tmp_path/"settings.ini").write_text("lib_name = tinycats\n")
     guided = "step_0004500-cfg_scale_3"
     write_run("a", 1, {"step_0000300": 3., "step_0004500": 1., guided: 9.})
     write_run("b", 2, {"step_0004500": 2., "step_0009000-cfg_scale_3": 8.})

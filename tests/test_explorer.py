@@ -69,7 +69,7 @@ def status_after(explorer, **settings):
 
 def test_the_page_runs_from_start_to_end(tmp_path):
     "As JupyterLab or voila would run it, in a project with the bundled weights alone."
-    (tmp_path/"settings.ini").touch()
+    (tmp_path/"settings.ini").write_text("lib_name = tinycats\n")
     for folder in ("nbs", "outputs/toy"):
         (tmp_path/folder).mkdir(parents=True)
     shutil.copy(ROOT/"outputs/toy/ema.safetensors", tmp_path/"outputs/toy")

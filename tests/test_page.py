@@ -292,7 +292,7 @@ def test_the_command_and_python_s_web_server(browser, tmp_path):
     "As the command says: python -m http.server -d ..."
     model = TinyDiT(16, patch_size=8, dim=16, depth=1, num_heads=2, num_classes=2)
     make_run(tmp_path/"outputs"/"mine", model, run="mine", step=1, weights="ema 0.9", data="toy")
-    (tmp_path/"settings.ini").touch()
+    (tmp_path/"settings.ini").write_text("lib_name = tinycats\n")
     env = os.environ | {"PYTHONPATH": str(ROOT), "TINYCATS_RUN": "mine"}
     command = [sys.executable, "-m", "tinycats.export", "--num-steps", "3", "--seed", "7"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -13,26 +13,29 @@ from pathlib import Path
 
 import pytest
 
+import colab
 import readme
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
 CHAPTERS = sorted((ROOT/"nbs").glob("[0-9a][0-9]_*.ipynb"))
 PAGES = "train evaluate compare_ema explore sweep settings ablation bench".split()
-MODULES = sorted(p.stem for p in (ROOT/"tinycats").glob("[a-z]*.py"))
+MODULES = ["__main__", *sorted(p.stem for p in (ROOT/"tinycats").glob("[a-z]*.py"))]
 TESTS = [*sorted((ROOT/"tests").glob("*.py")), *sorted((ROOT/"docs").glob("*.py")), ROOT/"setup.py"]
 
 # Which module may import which.
 ARROWS = dict(
     util="", core="", params="", flow="", ema="",
-    toy="core", data="util core folder", folder="util metrics", prefetch="data", dit="util core",
+    toy="core", data="util core folder", folder="util metrics", prefetch="data", dit="util core hub",
     checkpoint="util",
     trainer="util core params flow ema checkpoint",
     viz="util core flow", metrics="util core",
     runs="util core params data folder toy dit ema checkpoint metrics viz",
     recipe="util core params dit flow folder runs",
     explorer="util core dit flow viz runs", pages="util params recipe runs",
-    export="util params flow runs pages", cloud="util params pages checkpoint folder recipe")
+    export="util params flow runs pages", cloud="util params pages checkpoint folder recipe",
+    __main__="util params pages dit runs viz data export cloud hub tracking", hub="util",
+    tracking="util params runs viz")
 
 # What importing a module must not load.
 TOOLS = """nbdev fastcore execnb nbformat nbconvert nbclient jupyter_client jupyter_core jupyterlab
@@ -41,7 +44,7 @@ DISPLAY = "matplotlib IPython ipywidgets ipykernel torchvision".split()
 UNWANTED = {name: [*TOOLS, "modal"] for name in ARROWS}
 for name in "core data folder prefetch toy dit flow ema checkpoint trainer metrics".split():
     UNWANTED[name] += DISPLAY
-for name in ("util", "params", "pages"):
+for name in ("util", "params", "pages", "hub", "__main__"):
     UNWANTED[name] += [*DISPLAY, "torch", "numpy"]
 UNWANTED["cloud"] = [*TOOLS, *DISPLAY, "torch", "numpy"]
 
@@ -451,3 +454,49 @@ def test_the_citation_agrees_with_settings():
     ini = dict(re.findall(r"^(\w+) *= *(.*)$", (ROOT/"settings.ini").read_text(encoding="utf-8"), re.M))
     citation = (ROOT/"CITATION.cff").read_text(encoding="utf-8")
     assert f"version: {ini['version']}" in citation
+    assert f"repository-code: {colab.owner()[0]}\n" in citation
+    assert f"name: {ini['author']}" in citation
+
+
+@pytest.mark.parametrize("path", colab.pages(), ids=stems(colab.pages()))
+def test_pages_open_in_colab(path):
+    "The badge names this repository, and the cell below it installs tinycats on Colab alone."
+    cells = notebook_cells(path)
+    assert colab.sources(cells) == colab.sources(colab.render(path)), "run python tests/colab.py"
+
+
+def test_owner_values_are_in_one_place():
+    "User and repository are written out where CONTRIBUTING.md says, and nowhere else."
+    address, place = colab.owner()
+    written = {ROOT/"settings.ini", ROOT/"CITATION.cff", ROOT/"tinycats"/"_modidx.py", *colab.pages()}
+    name = place.partition("/blob/")[0]
+    found = [path for path in tracked_files() if path.suffix not in BINARY and "outputs" not in path.parts
+             and re.search(rf"github(\.com|\.io|/)[/:]?{name}\b", path.read_text("utf-8", "ignore"))]
+    assert not set(found) - written
+
+
+def test_actions_are_pinned_by_commit():
+    "A tag can be moved to other code, a commit cannot."
+    for path in (ROOT/".github"/"workflows").glob("*.yml"):
+        uses = re.findall(r"uses: (\S+)(.*)", path.read_text(encoding="utf-8"))
+        assert uses
+        for action, comment in uses:
+            assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action), f"{path.name}: {action}"
+            assert re.fullmatch(r" # v[\d.]+", comment), f"{path.name}: say the version of {action}"
+
+
+def test_the_habits_name_what_exists():
+    "Files and commands that CONTRIBUTING.md and the hooks name are there."
+    import yaml
+    text = (ROOT/"CONTRIBUTING.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert not [link for link in links if not (ROOT/link).exists()]
+    assert not [name for name in re.findall(r"(tests/\w+\.\w+)", text) if not (ROOT/name).exists()]
+    hooks = yaml.safe_load((ROOT/".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    assert {hook["id"] for hook in hooks} == {"nbdev-export", "nbdev-clean", "rules"}
+    version = re.search(r"^version *= *(.*)$", (ROOT/"settings.ini").read_text(), re.M)[1]
+    changes = (ROOT/"CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## {version}" in changes or f"{version} will be" in changes
+    for path in [ROOT/".github"/"dependabot.yml", *(ROOT/".github").glob("ISSUE_TEMPLATE/*.yml")]:
+        assert yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert json.loads((ROOT/".devcontainer"/"devcontainer.json").read_text())["onCreateCommand"]

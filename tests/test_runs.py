@@ -382,7 +382,7 @@ TINY = dict(run="a", toy_images=130, image_size=16, patch_size=8, dim=32, depth=
 def start(where, notebook=None, **params):
     "Papermill with train.ipynb in a process, from the folder `where`, which plays the project's root."
     where.mkdir(exist_ok=True)
-    (where/"settings.ini").touch()
+    (where/"settings.ini").write_text("lib_name = tinycats\n")
     options = []
     for name, value in ({} if notebook else TINY | params).items():
         options += ["-p", name, str(value)]

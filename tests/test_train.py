@@ -21,7 +21,7 @@ TINY = dict(toy_images=130, image_size=16, patch_size=8, dim=32, depth=1, num_he
 
 def papermill(root, *args, **params):
     "Run train.ipynb from the folder `root`, which plays the project's root."
-    (root/"settings.ini").touch()
+    (root/"settings.ini").write_text("lib_name = tinycats\n")
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--log-level", "WARNING"]
     command += ["--stdout-file", "-"]
     command += [ROOT/"nbs/train.ipynb", "out.ipynb", *args]
@@ -130,7 +130,7 @@ def test_refused_by_papermill(tmp_path):
     (dict(resume="none.pt"), ("none.pt'", "no such file")),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_refused_before_the_first_step(tmp_path, monkeypatch, params, words):
-    (tmp_path/"settings.ini").touch()
+    (tmp_path/"settings.ini").write_text("lib_name = tinycats\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ParameterError) as e:
         cells("train", **TINY | dict(run="b") | params)
@@ -156,7 +156,7 @@ def test_real_cats_at_full_size(tmp_path):
 
 def test_a_page_runs_without_jupyter(tmp_path):
     "On a machine with PyTorch alone, tests/page.py runs the page and keeps its pictures."
-    (tmp_path/"settings.ini").touch()
+    (tmp_path/"settings.ini").write_text("lib_name = tinycats\n")
     params = dict(run="plain", steps=4, warmup_steps=1, image_size=16, dim=32, depth=1, num_heads=2,
                   toy_images=52,
                   samples=1, num_steps=2, ema_decay=[.5])
@@ -201,7 +201,7 @@ def test_the_revision_is_that_of_the_code(tmp_path, monkeypatch):
 def test_data_settings_are_part_of_the_fingerprint(tmp_path, monkeypatch):
     "Augmentation, balance and times reach the trainer; a run with others does not continue this one."
     settings = dict(augment_prob=.5, balance_from_step=5, time_mean=.5, time_std=1.2)
-    (tmp_path/"settings.ini").touch()
+    (tmp_path/"settings.ini").write_text("lib_name = tinycats\n")
     monkeypatch.chdir(tmp_path)
     cells("train", run="a", **TINY, **settings)
     _, state = load_checkpoint(list_checkpoints(tmp_path/"outputs/a/checkpoints")[20])

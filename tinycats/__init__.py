@@ -6,10 +6,24 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = ['ImageDataset', 'BREEDS', 'load_pets', 'toy_cats', 'TinyDiT', 'load_model', 'save_model', 'flow_loss', 'sample', 'EMA',
            'Trainer', 'TrainConfig', 'show', 'image_grid', 'class_sheet', 'generate', 'load_run', 'load_folder',
-           'warm_start', 'export_onnx', 'write_page']
+           'warm_start', 'export_onnx', 'write_page', 'push_to_hub']
 
-# %% ../nbs/a4_package.ipynb #c03
+# %% ../nbs/a4_package.ipynb #c04
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING: # never true when the code runs
+    from tinycats.data import BREEDS, ImageDataset, load_pets
+    from tinycats.dit import TinyDiT, load_model, save_model
+    from tinycats.ema import EMA
+    from tinycats.export import export_onnx, write_page
+    from tinycats.flow import flow_loss, sample
+    from tinycats.hub import push_to_hub
+    from tinycats.params import TrainConfig
+    from tinycats.runs import load_run
+    from tinycats.toy import toy_cats
+    from tinycats.trainer import Trainer
+    from tinycats.viz import class_sheet, generate, image_grid, show
 
 _LAZY = dict(
     ImageDataset="data", BREEDS="data", load_pets="data", toy_cats="toy",
@@ -18,13 +32,14 @@ _LAZY = dict(
     Trainer="trainer", TrainConfig="params",
     show="viz", image_grid="viz", class_sheet="viz", generate="viz",
     load_run="runs", load_folder="folder", warm_start="recipe",
-    export_onnx="export", write_page="export",
+    export_onnx="export", write_page="export", push_to_hub="hub",
 ) # {name: the module that defines it}
 
 _all_ = ["ImageDataset", "BREEDS", "load_pets", "toy_cats", "TinyDiT", "load_model", "save_model",
          "flow_loss", "sample", "EMA", "Trainer", "TrainConfig", "show", "image_grid", "class_sheet",
-         "generate", "load_run", "load_folder", "warm_start", "export_onnx", "write_page"]
+         "generate", "load_run", "load_folder", "warm_start", "export_onnx", "write_page", "push_to_hub"]
 
+# %% ../nbs/a4_package.ipynb #c05
 def __getattr__(name):
     "Import a name from its module when it is first used."
     if name not in _LAZY:

@@ -141,6 +141,7 @@ def load_latest(
     if found:
         raise CheckpointError(f"{folder} holds {len(found)} checkpoints, none is valid: "
                               "restore one or choose another run")
+    return None
 
 # %% ../nbs/04_checkpoint.ipynb #c43
 def _machine_id():

@@ -9,7 +9,7 @@ __all__ = ['WORKDIR', 'OUTPUTS_VOLUME', 'DATA_VOLUME', 'NOTEBOOKS', 'PEAK_TFLOPS
            'commit', 'graceful_interrupt', 'train', 'evaluate', 'prepare', 'store_pictures', 'refuse_overwrite', 'pull',
            'main', 'run_cli']
 
-# %% ../nbs/09_cloud.ipynb #c02
+# %% ../nbs/09_cloud.ipynb #c03
 import hashlib, json, os, shlex, shutil, subprocess, sys, tempfile, threading, uuid
 from argparse import Namespace, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +19,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, Optional
 
-import modal
 from pydantic import AfterValidator, Field
 
-from .pages import ParameterParser, read_yaml, report_path, resources_folder, run_page
+from .pages import ParameterParser, read_yaml, report_path, run_page
 from .params import ParameterError, RunName, check_params, notebook_params
-from .util import (
-    atomic_write, catch_signals, find_path, partial_path, project_root, train_flops)
+from tinycats.util import (
+    MissingExtra, atomic_write, catch_signals, find_path, partial_path, project_root, resources_folder,
+    train_flops)
 
-# %% ../nbs/09_cloud.ipynb #c05
+try:
+    import modal
+except ImportError:
+    raise (SystemExit if __name__ == "__main__" else MissingExtra)(
+        "modal is not installed: pip install 'tinycats[cloud]'") from None
+
+# %% ../nbs/09_cloud.ipynb #c06
 WORKDIR = "/cats" # the working folder in the container
 OUTPUTS_VOLUME = "tinycats-outputs"
 DATA_VOLUME = "tinycats-data"
@@ -36,14 +42,16 @@ NOTEBOOKS = ("train", "evaluate") # what papermill runs there
 def _notebook(name):
     return resources_folder()/"nbs"/f"{name}.ipynb"
 
-# %% ../nbs/09_cloud.ipynb #c07
+# %% ../nbs/09_cloud.ipynb #c08
 def image_spec() -> SimpleNamespace: # python, packages, constraints, env, files
     "What the image is made of, as settings.ini says."
     folder = resources_folder()
     ini = ConfigParser()
     ini.read(folder/"settings.ini", encoding="utf-8")
     settings = ini["DEFAULT"]
-    packages = f"{settings.get('requirements', '')} {settings.get('fid_requirements', '')}".split()
+    packages = []
+    for extra in ("", "cloud_", "log_", "fid_"):
+        packages += settings.get(f"{extra}requirements", "").split()
     notebooks = [f"nbs/{name}.ipynb" for name in NOTEBOOKS if _notebook(name).exists()]
     names = ["settings.ini", "constraints.txt", *notebooks]
     return SimpleNamespace(
@@ -60,7 +68,7 @@ def _build_image(spec):
         image = image.add_local_file(source, target)
     return image
 
-# %% ../nbs/09_cloud.ipynb #c12
+# %% ../nbs/09_cloud.ipynb #c13
 PEAK_TFLOPS = {"T4": 65, "L4": 121, "A10": 125, "L40S": 362, "A100": 312, "A100-80GB": 312, # dense, bfloat16
                "RTX-PRO-6000": 500, "H100": 989, "H200": 989, "B200": 2250}
 PRICES = {"T4": .59, "L4": .80, "A10": 1.10, "L40S": 1.95, "A100": 2.10, "A100-80GB": 2.50, # dollars an hour
@@ -86,7 +94,7 @@ def estimate(
     hours = params["steps"]*max(MIN_STEP_S, step_s)/3600
     return hours, hours*count*PRICES[model] if model in PRICES else None
 
-# %% ../nbs/09_cloud.ipynb #c17
+# %% ../nbs/09_cloud.ipynb #c18
 def _valid_gpu(name):
     "The name in upper case, None for `none`; a ValueError for what Modal does not offer."
     name = name.upper()
@@ -114,7 +122,7 @@ _FLAGS = dict( # name: (type, default, help)
     detach=(bool, False, "submit and return; the run continues without this computer"),
     dry_run=(bool, False, "describe what would happen and stop; needs no account"))
 
-# %% ../nbs/09_cloud.ipynb #c19
+# %% ../nbs/09_cloud.ipynb #c20
 class _Parser(ParameterParser):
     "A parser whose help includes the notebook's parameters."
     def format_help(self):
@@ -146,7 +154,7 @@ def _pairs(words):
         given[name.replace("-", "_")] = value
     return given
 
-# %% ../nbs/09_cloud.ipynb #c20
+# %% ../nbs/09_cloud.ipynb #c21
 def _read_yaml(path, kind):
     "A file of parameters: the user's own, or one of ours by its name."
     ours = resources_folder()/"nbs"/"params"
@@ -167,7 +175,7 @@ def _check_runs(plan):
         raise ParameterError(
             f"run={run!r} is there {runs.count(run)} times: in a sweep each set needs a run of its own")
 
-# %% ../nbs/09_cloud.ipynb #c22
+# %% ../nbs/09_cloud.ipynb #c23
 GPU_STEP_S = .024 # seconds of a step for which a recipe is made: 20,000 steps
 
 def _add_recipe(given, declared):
@@ -206,7 +214,7 @@ def parse_args(
     _check_runs(plan)
     return plan
 
-# %% ../nbs/09_cloud.ipynb #c29
+# %% ../nbs/09_cloud.ipynb #c30
 def _describe_estimate(plan):
     "Hours and dollars of each run, in lines."
     if plan.notebook != "train" or not plan.gpu:
@@ -228,10 +236,10 @@ def _describe_estimate(plan):
     if _split_gpu(plan.gpu)[1] > 1:
         yield f"warning    tinycats trains on one GPU: {plan.gpu} costs more and is no faster"
 
-# %% ../nbs/09_cloud.ipynb #c30
+# %% ../nbs/09_cloud.ipynb #c31
 def describe_plan(
     plan:Namespace, # from `parse_args`
-    words:list=(), # the command line itself
+    words:list|tuple=(), # the command line itself
 ): # lines of text, one by one
     "Say what is going to happen."
     spec = image_spec()
@@ -248,7 +256,7 @@ def describe_plan(
         yield f"run        papermill {plan.notebook}.ipynb {report} {parameters}"
     yield from _describe_estimate(plan)
 
-# %% ../nbs/09_cloud.ipynb #c34
+# %% ../nbs/09_cloud.ipynb #c35
 def _retry_policy(max_retries):
     return modal.Retries(max_retries=max_retries, initial_delay=1., backoff_coefficient=2.)
 
@@ -260,7 +268,7 @@ _CONTAINER = dict(
     image=image, cpu=2, memory=8192, timeout=86_400, retries=_retry_policy(4), single_use_containers=True,
     volumes={f"{WORKDIR}/outputs": outputs_volume, f"{WORKDIR}/store": data_volume})
 
-# %% ../nbs/09_cloud.ipynb #c37
+# %% ../nbs/09_cloud.ipynb #c38
 def _try_commit(volume):
     try:
         volume.commit()
@@ -292,7 +300,7 @@ def _periodic_commits(volume, every_s=15):
         thread.join()
         volume.commit()
 
-# %% ../nbs/09_cloud.ipynb #c40
+# %% ../nbs/09_cloud.ipynb #c41
 def _error_if_in_use(folder, refresh, timeout_s=60):
     "The error, in one line, if another call's run in `folder` is alive; else None, and its lock is emptied."
     if not (folder/".lock").exists():
@@ -308,7 +316,7 @@ def _error_if_in_use(folder, refresh, timeout_s=60):
         lock.path.write_bytes(b"")
     return None
 
-# %% ../nbs/09_cloud.ipynb #c43
+# %% ../nbs/09_cloud.ipynb #c44
 def _read_config(folder):
     "A run's config.json; {} if there is none that can be read."
     try:
@@ -324,7 +332,7 @@ def _is_complete(folder, params):
     finished = config.get("step") == params["steps"] and "wall_seconds" in config
     return same and finished and (folder/"ema.safetensors").exists()
 
-# %% ../nbs/09_cloud.ipynb #c46
+# %% ../nbs/09_cloud.ipynb #c47
 def _terminate_kernels(done):
     "Send SIGTERM, once each, to the kernels that this process has started, until `done` is set."
     import psutil
@@ -351,7 +359,7 @@ def graceful_interrupt():
     finally:
         done.set()
 
-# %% ../nbs/09_cloud.ipynb #c49
+# %% ../nbs/09_cloud.ipynb #c50
 NON_RETRYABLE = ("ParameterError", "ValueError", "FileNotFoundError", "FileExistsError", "CheckpointError")
 
 def _execute(source, target, params):
@@ -378,7 +386,7 @@ def _run_notebook(source, target, params):
         raise RuntimeError(line)
     return line
 
-# %% ../nbs/09_cloud.ipynb #c54
+# %% ../nbs/09_cloud.ipynb #c55
 def _set_up_container(call, needs_pets):
     "In a container: the environment of the kernel, and the data on the local disk."
     package = str(Path(__file__).resolve().parents[1])
@@ -415,7 +423,7 @@ def _provide_data(folder, values, call, pictures):
         data_root = values.get("data_root") or config.get("data_root", "data")
         _link_folder(folder, data_root, pictures.get(values["run"]))
 
-# %% ../nbs/09_cloud.ipynb #c55
+# %% ../nbs/09_cloud.ipynb #c56
 def _run(notebook, params, call, pictures):
     "What `train` and `evaluate` do, in their container or here."
     remote = not modal.is_local()
@@ -456,7 +464,7 @@ def evaluate(
     "Run evaluate.ipynb on a run that is in the volume."
     return _run("evaluate", params, call, pictures)
 
-# %% ../nbs/09_cloud.ipynb #c57
+# %% ../nbs/09_cloud.ipynb #c58
 DOWNLOAD = """import sys
 from tinycats.data import load_pets
 for split in ("trainval", "test"):
@@ -476,7 +484,7 @@ def _unpack_data():
     if (store/"prepared").exists():
         shutil.copytree(store/"prepared", base/"prepared", dirs_exist_ok=True)
 
-# %% ../nbs/09_cloud.ipynb #c58
+# %% ../nbs/09_cloud.ipynb #c59
 @app.function(**_CONTAINER | dict(timeout=2*3600))
 def prepare(
     size:int, # side of the images in pixels
@@ -500,7 +508,7 @@ def prepare(
     if not modal.is_local():
         data_volume.commit()
 
-# %% ../nbs/09_cloud.ipynb #c60
+# %% ../nbs/09_cloud.ipynb #c61
 @app.function(**_CONTAINER | dict(timeout=3600))
 def store_pictures(
     name:str, # as from `_pack_pictures`
@@ -528,7 +536,7 @@ def _pack_pictures(values):
     size = f"{len(content)/1e6:.1f} MB, squares of {found.images.shape[-1]} pixels"
     return hashlib.sha256(content).hexdigest()[:16], content, f"{found.report()} ({size})"
 
-# %% ../nbs/09_cloud.ipynb #c61
+# %% ../nbs/09_cloud.ipynb #c62
 def _stored_pictures():
     "The names of packed pictures in the data volume."
     try:
@@ -553,7 +561,7 @@ def _upload_pictures(plan):
         names[values["run"]] = name
     return names
 
-# %% ../nbs/09_cloud.ipynb #c63
+# %% ../nbs/09_cloud.ipynb #c64
 def refuse_overwrite(
     run:str, # the name of a run
 ):
@@ -573,7 +581,7 @@ def _list_run(run):
             f"run={run!r}: there is no such run in the volume {OUTPUTS_VOLUME}; "
             f"`modal volume ls {OUTPUTS_VOLUME}` lists them") from None
 
-# %% ../nbs/09_cloud.ipynb #c64
+# %% ../nbs/09_cloud.ipynb #c65
 def _is_wanted(entry, checkpoints):
     "Whether an entry of a volume is a file to download."
     is_file = entry.type == modal.volume.FileEntryType.FILE
@@ -600,7 +608,7 @@ def _download(entry, target):
     os.utime(part, (entry.mtime, entry.mtime))
     os.replace(part, target)
 
-# %% ../nbs/09_cloud.ipynb #c65
+# %% ../nbs/09_cloud.ipynb #c66
 def pull(
     run:str, # the name of a run in the cloud
     checkpoints:bool=False, # download these too
@@ -617,7 +625,7 @@ def pull(
     (home/run/".cloud").touch()
     return home/run
 
-# %% ../nbs/09_cloud.ipynb #c68
+# %% ../nbs/09_cloud.ipynb #c69
 def _check_outputs(plan):
     "Refuse what would overwrite a run of this computer."
     for given in plan.sets:
@@ -643,7 +651,7 @@ def _bring_home(run, result):
     print(f"{run}: {outcome} {folder}", flush=True)
     return error
 
-# %% ../nbs/09_cloud.ipynb #c69
+# %% ../nbs/09_cloud.ipynb #c70
 def _submit(plan, detach):
     "Inside the running app: start the containers; unless detached, wait and download."
     runs = [given["run"] for given in plan.sets]
@@ -663,7 +671,7 @@ def _submit(plan, detach):
     if failed:
         raise RuntimeError("; ".join(failed))
 
-# %% ../nbs/09_cloud.ipynb #c71
+# %% ../nbs/09_cloud.ipynb #c72
 @contextmanager
 def _one_line_errors():
     "Inside, an expected error, or Ctrl-C, ends the program with one line."
@@ -698,7 +706,7 @@ def main(*words:str):
         print(*_describe_estimate(plan), sep="\n", flush=True)
         _submit(plan, bool(context and context.obj and context.obj.get("detach")))
 
-# %% ../nbs/09_cloud.ipynb #c72
+# %% ../nbs/09_cloud.ipynb #c73
 def _pull_cli(words):
     parser = _Parser(prog="python -m tinycats.cloud pull", add_help=False)
     parser.add_argument("run")

@@ -6,7 +6,7 @@
 __all__ = ['patchify', 'unpatchify', 'sincos_pos_embed', 'timestep_embedding', 'attention', 'Attention', 'MLP', 'modulate',
            'DiTBlock', 'TinyDiT', 'tune_malloc', 'save_model', 'check_weights', 'build_model', 'load_model']
 
-# %% ../nbs/01_dit.ipynb #c02
+# %% ../nbs/01_dit.ipynb #c03
 import ctypes, json, math
 from pathlib import Path
 import torch, torch.nn.functional as F
@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
+from .hub import fetch_weights, parse_repo
 from .util import atomic_write, find_path
 
-# %% ../nbs/01_dit.ipynb #c07
+# %% ../nbs/01_dit.ipynb #c08
 def patchify(
     x:Tensor, # (b, c, h, w) images; h and w are multiples of `patch_size`
     patch_size:int, # side of a patch in pixels
@@ -30,7 +31,7 @@ def patchify(
     x = x.permute(0, 2, 4, 3, 5, 1) # (b, row, column, y in patch, x in patch, colour)
     return x.reshape(b, -1, patch_size*patch_size*c)
 
-# %% ../nbs/01_dit.ipynb #c08
+# %% ../nbs/01_dit.ipynb #c09
 def unpatchify(
     tokens:Tensor, # (b, n, patch_size²·c) tokens of square images, as from `patchify`
     patch_size:int, # side of a patch in pixels
@@ -42,7 +43,7 @@ def unpatchify(
     x = x.permute(0, 5, 1, 3, 2, 4) # (b, colour, row, y in patch, column, x in patch)
     return x.reshape(b, -1, side*patch_size, side*patch_size)
 
-# %% ../nbs/01_dit.ipynb #c13
+# %% ../nbs/01_dit.ipynb #c14
 def sincos_pos_embed(
     side:int, # patches along a side
     dim:int, # width of the network, a multiple of 4
@@ -57,7 +58,7 @@ def sincos_pos_embed(
     cols = waves[None].expand(side, -1, -1)
     return torch.cat([rows, cols], dim=-1).reshape(side*side, dim)
 
-# %% ../nbs/01_dit.ipynb #c19
+# %% ../nbs/01_dit.ipynb #c20
 def timestep_embedding(
     t:Tensor, # (b,) times, 0 (noise) to 1 (image)
     dim:int=256, # number of features, even
@@ -67,7 +68,7 @@ def timestep_embedding(
     angles = 1000*t.float()[:, None]*freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
-# %% ../nbs/01_dit.ipynb #c23
+# %% ../nbs/01_dit.ipynb #c24
 def attention(
     q:Tensor, # (b, heads, n, d) queries
     k:Tensor, # (b, heads, n, d) keys
@@ -79,7 +80,7 @@ def attention(
     weights = (q @ k.transpose(-2, -1)*q.shape[-1]**-.5).softmax(dim=-1)
     return weights @ v
 
-# %% ../nbs/01_dit.ipynb #c26
+# %% ../nbs/01_dit.ipynb #c27
 class Attention(nn.Module):
     "Multi-head self-attention over the tokens of an image."
     def __init__(self,
@@ -99,7 +100,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4) # each (b, heads, n, dim/heads)
         return self.proj(attention(q, k, v).transpose(1, 2).reshape(b, n, dim))
 
-# %% ../nbs/01_dit.ipynb #c27
+# %% ../nbs/01_dit.ipynb #c28
 class MLP(nn.Module):
     "Two linear layers with a GELU between them, applied to each token by itself."
     def __init__(self,
@@ -115,7 +116,7 @@ class MLP(nn.Module):
     ) -> Tensor: # (b, n, dim)
         return self.fc2(F.gelu(self.fc1(x)))
 
-# %% ../nbs/01_dit.ipynb #c29
+# %% ../nbs/01_dit.ipynb #c30
 def modulate(
     x:Tensor, # (b, n, dim) normalised tokens
     shift:Tensor, # (b, 1, dim)
@@ -124,7 +125,7 @@ def modulate(
     "Scale and shift tokens by their image's condition (FiLM, Perez et al. 2018)."
     return torch.addcmul(shift, x, 1 + scale)
 
-# %% ../nbs/01_dit.ipynb #c30
+# %% ../nbs/01_dit.ipynb #c31
 class DiTBlock(nn.Module):
     "A transformer block with adaLN-single: attention and MLP, each modulated and gated (Chen et al. 2023)."
     def __init__(self,
@@ -151,7 +152,7 @@ class DiTBlock(nn.Module):
         out = layer(modulate(F.layer_norm(x, x.shape[-1:]), shift, scale))
         return gate*F.dropout(out, self.dropout, self.training)
 
-# %% ../nbs/01_dit.ipynb #c38
+# %% ../nbs/01_dit.ipynb #c39
 class TinyDiT(nn.Module):
     "A small diffusion transformer: noisy images, times and labels in, clean images out (Peebles & Xie 2022)."
     def __init__(self,
@@ -220,7 +221,7 @@ class TinyDiT(nn.Module):
         out = unpatchify(tokens, self.patch_size).float()
         return out if self.prediction == "clean" else xt + (1 - t.view(-1, 1, 1, 1))*out
 
-# %% ../nbs/01_dit.ipynb #c40
+# %% ../nbs/01_dit.ipynb #c41
 def _init_weights(module):
     "Xavier's uniform distribution for linear layers, N(0, .02²) for embeddings, zero for biases."
     if isinstance(module, nn.Linear):
@@ -245,7 +246,7 @@ def _check_config(image_size, patch_size, dim, depth, num_heads, dropout, predic
     if prediction not in ("clean", "velocity"):
         raise ValueError(f"prediction {prediction!r}: choose 'clean' or 'velocity'")
 
-# %% ../nbs/01_dit.ipynb #c68
+# %% ../nbs/01_dit.ipynb #c69
 def tune_malloc():
     "Let glibc keep freed memory: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD become 1 GB for the whole process."
     try:
@@ -255,7 +256,7 @@ def tune_malloc():
     for threshold in (-1, -3):
         mallopt(threshold, 2**30)
 
-# %% ../nbs/01_dit.ipynb #c72
+# %% ../nbs/01_dit.ipynb #c73
 def save_model(
     model:TinyDiT, # the network; its `classes` are stored too
     path:str|Path, # the target, ending in .safetensors
@@ -267,7 +268,7 @@ def save_model(
     header = dict(config=model.config, classes=list(model.classes), metadata=metadata)
     atomic_write(path, save(weights, metadata={k: json.dumps(v) for k, v in header.items()}))
 
-# %% ../nbs/01_dit.ipynb #c74
+# %% ../nbs/01_dit.ipynb #c75
 def check_weights(
     weights:dict, # {name: tensor}, as `state_dict()` gives them
     config:dict, # arguments of `TinyDiT`
@@ -300,7 +301,7 @@ def build_model(
     model.load_state_dict(weights)
     return model
 
-# %% ../nbs/01_dit.ipynb #c75
+# %% ../nbs/01_dit.ipynb #c76
 def _from_file(weights, header):
     "A TinyDiT from the tensors and the header of a file."
     model = build_model(weights, json.loads(header["config"]))
@@ -311,11 +312,15 @@ def _from_file(weights, header):
     return model
 
 def load_model(
-    path:str|Path, # a .safetensors file, or a run folder (its ema.safetensors), here or in a folder above
+    path:str|Path, # a .safetensors file, a run folder (its ema.safetensors), or user/name on the Hub
     device:str|torch.device="cpu", # where the network should live
+    revision:str|None=None, # on the Hub: a branch, tag or commit
 ) -> TinyDiT: # float32, in eval mode, with `classes` and `metadata` as saved
-    "Load a network that `save_model` wrote."
+    "Load a network that `save_model` wrote, from here, from a folder above, or from the Hugging Face Hub."
+    repo, at = parse_repo(path)
     path = find_path(path)
+    if repo and not path.exists():
+        path = fetch_weights(repo, revision or at)
     if path.is_dir():
         path = path/"ema.safetensors"
     if not path.is_file():

@@ -7,17 +7,16 @@ __all__ = ['WEIGHT_KINDS', 'LICENCES', 'MAX_PAGE_MB', 'GuidedModel', 'export_onn
 
 # %% ../nbs/13_export.ipynb #c02
 import copy, hashlib, json, math, os, shlex, shutil, sys, tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn, Tensor
 import tinycats
 from .flow import apply_cfg, seeded_noise
-from .pages import ParameterParser, resources_folder
+from .pages import ParameterParser
 from .params import CfgScale, ParameterError, Seed, SolverSteps, check_params
 from .runs import load_run, read_config, run_folder
-from .util import atomic_write
+from .util import MissingExtra, atomic_write, require_extra, resources_folder
 
 # %% ../nbs/13_export.ipynb #c05
 class GuidedModel(nn.Module):
@@ -40,12 +39,6 @@ class GuidedModel(nn.Module):
         return apply_cfg(null, cond, cfg_scale)
 
 # %% ../nbs/13_export.ipynb #c08
-def _require_onnx(*packages):
-    "A ParameterError in one line if a package of the extra is missing."
-    missing = [name for name in packages if not find_spec(name)]
-    if missing:
-        raise ParameterError(f"{', '.join(missing)} is not installed: pip install 'tinycats[onnx]'")
-
 def _to_onnx(model):
     "The graph of a guided model, as an ONNX ModelProto in float32."
     size = model.image_size
@@ -108,7 +101,7 @@ def export_onnx(
         raise ValueError(f"weights={weights!r}: choose one of {', '.join(WEIGHT_KINDS)}")
     if not hasattr(model, "config"):
         raise ValueError(f"{type(model).__name__} is no TinyDiT: give what load_model returns")
-    _require_onnx("onnx", "onnxscript", *(["onnxruntime"] if weights == "int8" else []))
+    require_extra("onnx", "onnx", "onnxscript", *(["onnxruntime"] if weights == "int8" else []))
     proto = _to_onnx(copy.deepcopy(model).cpu().float().eval())
     if WEIGHT_KINDS[weights]:
         proto = WEIGHT_KINDS[weights](proto)
@@ -126,7 +119,7 @@ class OnnxModel:
         path:str|Path, # a file written by `export_onnx`
         cfg_scale:float=1., # guidance inside the graph; then call `sample` with cfg_scale=1
     ):
-        _require_onnx("onnxruntime")
+        require_extra("onnx", "onnxruntime")
         import onnxruntime
         try:
             self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -197,7 +190,7 @@ def _check_page(model, weights, solver, settings):
     scale = settings["cfg_scale"]
     if abs(20*scale - round(20*scale)) > 1e-6:
         raise ParameterError(f"cfg_scale={scale}: the slider moves in steps of 0.05; choose a multiple")
-    _require_onnx("onnx", "onnxscript", "onnxruntime")
+    require_extra("onnx", "onnx", "onnxscript", "onnxruntime")
     megabytes = sum(p.numel() for p in model.parameters())*dict(fp32=4, fp16=2, int8=1)[weights]/1e6
     if megabytes > MAX_PAGE_MB:
         raise ParameterError(f"the network takes {megabytes:.0f} MB in {weights}, and a page at most "
@@ -254,7 +247,7 @@ def main(
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=f"at first; {default}")
     try:
         folder = write_page(**vars(parser.parse_args(words)))
-    except (ValueError, RuntimeError, OSError) as e:
+    except (ValueError, RuntimeError, OSError, MissingExtra) as e:
         raise SystemExit(" ".join(str(e).split())) from None
     shown = os.path.relpath(folder, Path.cwd())
     print(f"The page is in {shown}. To open it: python3 -m http.server -d {shown}")

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['SPIN_COUNT', 'REPORTS', 'EXPECTED_ERRORS', 'read_yaml', 'read_params_file', 'ParameterParser', 'parse_papermill_args',
-           'limit_spinning', 'report_path', 'run_page', 'resources_folder', 'plan_page', 'add_recipe', 'main']
+           'limit_spinning', 'report_path', 'run_page', 'plan_page', 'add_recipe', 'run_command', 'main']
 
-# %% ../nbs/12_pages.ipynb #c02
+# %% ../nbs/12_pages.ipynb #c03
 import os, shlex, sys
 from argparse import ArgumentParser
 from difflib import get_close_matches
 from pathlib import Path
 
 from .params import ParameterError, RunName, check_params, coerce, notebook_params
-from .util import find_path, project_root
+from .util import MissingExtra, find_path, project_root, require_extra, resources_folder
 
-# %% ../nbs/12_pages.ipynb #c05
+# %% ../nbs/12_pages.ipynb #c06
 def read_yaml(
     text:str, # YAML
     source:str, # where it comes from, for error messages
@@ -34,17 +34,20 @@ def read_yaml(
     return content
 
 def read_params_file(
-    path:str|Path, # a YAML file; a relative path is looked for in the folders above, too
+    path:str|Path, # a YAML file, looked for in the folders above, too; or one of ours, such as full
 ) -> dict: # {name: value}
     "The parameters in a file; a ParameterError if it cannot be read."
+    ours = resources_folder()/"nbs"/"params"
+    places = (find_path(path), resources_folder()/path, ours/f"{path}.yaml")
+    found = next((place for place in places if place.is_file()), places[0])
     try:
-        return read_yaml(find_path(path).read_text(encoding="utf-8"), f"{str(path)!r}")
+        return read_yaml(found.read_text(encoding="utf-8"), f"{str(path)!r}")
     except (OSError, UnicodeDecodeError) as e:
         reason = getattr(e, "strerror", None) or "no text"
         raise ParameterError(f"{str(path)!r} cannot be read ({reason}): name a YAML file, such as "
                              "nbs/params/full.yaml") from None
 
-# %% ../nbs/12_pages.ipynb #c06
+# %% ../nbs/12_pages.ipynb #c07
 class ParameterParser(ArgumentParser):
     "An argument parser whose errors are ParameterErrors of one line."
     remedy = "" # what every message ends with
@@ -69,7 +72,7 @@ def parse_papermill_args(
         base |= read_params_file(path)
     return dict(found.pairs), base
 
-# %% ../nbs/12_pages.ipynb #c09
+# %% ../nbs/12_pages.ipynb #c10
 SPIN_COUNT = "1000"
 
 def limit_spinning():
@@ -77,7 +80,7 @@ def limit_spinning():
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
-# %% ../nbs/12_pages.ipynb #c12
+# %% ../nbs/12_pages.ipynb #c13
 REPORTS = dict(evaluate="{run}/evaluation", settings="{run}/settings", ablation="ablation/{run}")
 
 def report_path(
@@ -89,7 +92,7 @@ def report_path(
     place = page if run is None else REPORTS.get(page, "{run}").format(run=run)
     return Path(outputs)/place/f"{page}.ipynb"
 
-# %% ../nbs/12_pages.ipynb #c13
+# %% ../nbs/12_pages.ipynb #c14
 def _name_relative(page, source, target):
     "Note files as seen from the project: whoever reads a published page need not know where it was made."
     import nbformat
@@ -122,13 +125,7 @@ def run_page(
     os.replace(partial, target)
     failed.unlink(missing_ok=True)
 
-# %% ../nbs/12_pages.ipynb #c16
-def resources_folder() -> Path:
-    "The folder with settings.ini, constraints.txt and nbs/: in a clone, an installed wheel, or a container."
-    package = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-    folders = (package.parent, package/"resources")
-    return next((f for f in folders if (f/"settings.ini").is_file()), project_root())
-
+# %% ../nbs/12_pages.ipynb #c17
 def _find_page(name):
     "The notebook of a name or path."
     path = Path(name) if name.endswith(".ipynb") else resources_folder()/"nbs"/f"{name}.ipynb"
@@ -144,7 +141,7 @@ def _check_run(run, single):
     if single.get("run", run) != run:
         raise ParameterError(f"run={run!r} and -p run {single['run']}: name the run once")
 
-# %% ../nbs/12_pages.ipynb #c17
+# %% ../nbs/12_pages.ipynb #c18
 def plan_page(
     words:list, # a page, then parameters as papermill takes them
     run:str|None=None, # the name of the run; None: that of the parameters, or the page's default
@@ -164,10 +161,10 @@ def plan_page(
     outputs = project_root()/"outputs"
     if source.stem in ("evaluate", "settings") and not (outputs/run).is_dir():
         raise ParameterError(f"run={run!r}: there is no folder {outputs/run}; train it with "
-                             f"make demo run={run}, or try run=toy")
+                             f"make demo run={run} or tinycats train {run}, or try run=toy")
     return source, report_path(outputs, source.stem, run), {name: values[name] for name in given}
 
-# %% ../nbs/12_pages.ipynb #c18
+# %% ../nbs/12_pages.ipynb #c19
 def add_recipe(
     source:Path, # the notebook
     params:dict, # {name: value}, checked
@@ -184,24 +181,37 @@ def add_recipe(
     values = check_params(params | chosen, notebook_params(source))
     return {name: values[name] for name in [*params, *chosen]}
 
-EXPECTED_ERRORS = ("ParameterError", "CheckpointError", "KeyboardInterrupt", "SystemExit") # said in one line
+# %% ../nbs/12_pages.ipynb #c20
+# What is said in one line.
+EXPECTED_ERRORS = ("ParameterError", "MissingExtra", "CheckpointError", "KeyboardInterrupt", "SystemExit")
 
-def main(
+def run_command(
     words:list, # as for `plan_page`
+    run:str|None=None, # as for `plan_page`
 ):
-    "Run a page; the command line, and TINYCATS_RUN and TINYCATS_ARGS of the environment, say which and how."
-    from papermill.exceptions import PapermillExecutionError
-    words = [*words, *shlex.split(os.environ.get("TINYCATS_ARGS", ""))]
+    "Run a page; an error ends the program with one line."
     try:
-        source, target, params = plan_page(words, os.environ.get("TINYCATS_RUN"))
+        source, target, params = plan_page(words, run)
+        require_extra("lab", "papermill", "ipykernel")
         params = add_recipe(source, params, target.parent.name)
+    except (ParameterError, MissingExtra, OSError) as e:
+        raise SystemExit(" ".join(str(e).split())) from None
+    from papermill.exceptions import PapermillExecutionError
+    try:
         run_page(source, target, params)
-    except (ParameterError, OSError) as e:
+    except OSError as e:
         raise SystemExit(" ".join(str(e).split())) from None
     except PapermillExecutionError as e:
         name, failed = f"{e.ename}: {' '.join(str(e.evalue).split())}", target.with_suffix(".failed.ipynb")
         details = "" if e.ename in EXPECTED_ERRORS else f"{e}\n"
         raise SystemExit(f"{details}{name}\nThe page so far is in {failed}") from None
+
+def main(
+    words:list, # as for `plan_page`
+):
+    "What make does: TINYCATS_RUN and TINYCATS_ARGS of the environment say which page to run, and how."
+    arguments = shlex.split(os.environ.get("TINYCATS_ARGS", ""))
+    run_command([*words, *arguments], os.environ.get("TINYCATS_RUN"))
 
 if __name__ == "__main__":
     if __spec__ is not None: # python -m tinycats.pages; a notebook has no __spec__

@@ -6,11 +6,11 @@
 __all__ = ['PositiveInt', 'NonNegativeInt', 'Seed', 'BatchSize', 'SampleCount', 'SolverSteps', 'ToyCount', 'CheckpointCount',
            'ImageSize', 'Width', 'Depth', 'HeadCount', 'PositiveFloat', 'NonNegativeFloat', 'Fraction', 'Probability',
            'LogitMean', 'LogitStd', 'CfgScale', 'Device', 'Precision', 'DataName', 'Prediction', 'CompileMode',
-           'TimeSampling', 'Solver', 'NETWORK_SIZES', 'NetworkSize', 'RunName', 'EvaluationName', 'Text', 'ResumeFrom',
-           'EmaDecays', 'TimeInterval', 'ParameterError', 'describe', 'coerce', 'check_params', 'notebook_params',
-           'read_params', 'TrainConfig', 'Optional']
+           'TimeSampling', 'Solver', 'Tracker', 'NETWORK_SIZES', 'NetworkSize', 'RunName', 'EvaluationName', 'Text',
+           'ResumeFrom', 'EmaDecays', 'TimeInterval', 'ParameterError', 'describe', 'coerce', 'check_params',
+           'notebook_params', 'read_params', 'TrainConfig', 'Optional']
 
-# %% ../nbs/10_params.ipynb #c02
+# %% ../nbs/10_params.ipynb #c03
 import ast, inspect, json
 from difflib import get_close_matches
 from math import isfinite
@@ -22,13 +22,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 _all_ = ["Optional"] # nbdev: `from tinycats.params import *` brings it along
 
-# %% ../nbs/10_params.ipynb #c05
+# %% ../nbs/10_params.ipynb #c06
 class ParameterError(ValueError):
     "A parameter that is refused; notebooks show it as one line."
     def _render_traceback_(self):
         return [f"ParameterError: {self}"]
 
-# %% ../nbs/10_params.ipynb #c07
+# %% ../nbs/10_params.ipynb #c08
 def _int_range(low, high, high_text=None):
     "A whole number in [low, high]."
     description = f"a whole number from {low:,} to {high_text or f'{high:,}'}"
@@ -47,7 +47,7 @@ Width = _int_range(4, 2**14)            # of the network
 Depth = _int_range(1, 1_024)            # blocks
 HeadCount = _int_range(1, 1_024)        # attention heads
 
-# %% ../nbs/10_params.ipynb #c08
+# %% ../nbs/10_params.ipynb #c09
 PositiveFloat = Annotated[float, Field(gt=0, description="a number above 0")]
 NonNegativeFloat = Annotated[float, Field(ge=0, description="a number of at least 0")]
 Fraction = Annotated[float, Field(ge=0, lt=1, description="a number from 0 to just below 1, such as 0.1")]
@@ -63,13 +63,14 @@ Prediction = Literal["clean", "velocity"]
 CompileMode = Literal["default", "reduce-overhead"]
 TimeSampling = Literal["logit_normal", "uniform"]
 Solver = Literal["euler", "heun", "ab2"]
+Tracker = Literal["tensorboard", "trackio"]
 
 NETWORK_SIZES = { # the widths, depths and heads of the DiT family; M is ours, between its S and B
     "S": dict(dim=384, depth=12, num_heads=6), "M": dict(dim=576, depth=12, num_heads=9),
     "B": dict(dim=768, depth=12, num_heads=12), "L": dict(dim=1024, depth=24, num_heads=16)}
 NetworkSize = Literal["S", "M", "B", "L"]
 
-# %% ../nbs/10_params.ipynb #c10
+# %% ../nbs/10_params.ipynb #c11
 def _fits_file_system(name):
     if len(name.encode()) > 255:
         raise ValueError("more than 255 bytes")
@@ -104,7 +105,7 @@ TimeInterval = Annotated[
     Field(min_length=2, max_length=2, description="two increasing times from 0 to 1, such as 0.1,0.9"),
     AfterValidator(_increasing)]
 
-# %% ../nbs/10_params.ipynb #c12
+# %% ../nbs/10_params.ipynb #c13
 def _parts(kind):
     "The type without None and without constraints, and whether None is allowed."
     optional = NoneType in get_args(kind)
@@ -131,7 +132,7 @@ def describe(
     plain = {int: "a whole number, such as 4", float: "a number, such as 0.5", bool: "true or false"}
     return plain.get(base, "text")
 
-# %% ../nbs/10_params.ipynb #c15
+# %% ../nbs/10_params.ipynb #c16
 def _read(text):
     "The number, list, truth value or None that a text spells; otherwise the text itself."
     words = {"true": True, "false": False, "none": None, "null": None}
@@ -148,7 +149,7 @@ def _to_list(value, item_kind):
         value = [item.strip() for item in value.strip("[] ").split(",") if item.strip()]
     return [_convert(v, item_kind) for v in (value if isinstance(value, (list, tuple)) else [value])]
 
-# %% ../nbs/10_params.ipynb #c16
+# %% ../nbs/10_params.ipynb #c17
 def _to_number(value, kind):
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
         raise ValueError("no finite number")
@@ -171,7 +172,7 @@ def _convert(value, kind):
         return bool(value) if value in (0, 1) else value
     return _to_number(value, base)
 
-# %% ../nbs/10_params.ipynb #c17
+# %% ../nbs/10_params.ipynb #c18
 def _shown(value):
     "A value in an error message: one line, not too long."
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
@@ -190,7 +191,7 @@ def coerce(
     hint = " (as text: papermill -r NAME VALUE)" if needs_text else ""
     raise ParameterError(f"{_shown(value)}: needs {describe(kind)}{hint}")
 
-# %% ../nbs/10_params.ipynb #c24
+# %% ../nbs/10_params.ipynb #c25
 _RULES = []
 
 def _rule(holds):
@@ -213,7 +214,7 @@ def _patches_tile_the_image(patch_size, image_size):
     "a patch_size that divides image_size"
     return image_size % patch_size == 0
 
-# %% ../nbs/10_params.ipynb #c25
+# %% ../nbs/10_params.ipynb #c26
 @_rule
 def _positions_fit(dim):
     "a multiple of 4: sines and cosines of rows and columns"
@@ -249,7 +250,7 @@ def _cuda_graphs_take_the_whole_batch(compile_mode, micro_batch):
     "no micro_batch, or compile_mode default: a CUDA graph overwrites gradients that are being accumulated"
     return compile_mode == "default" or micro_batch is None
 
-# %% ../nbs/10_params.ipynb #c27
+# %% ../nbs/10_params.ipynb #c28
 def _check_rules(values):
     for rule in _RULES:
         names = list(inspect.signature(rule).parameters)
@@ -278,7 +279,7 @@ def check_params(
     _check_rules(values)
     return values
 
-# %% ../nbs/10_params.ipynb #c36
+# %% ../nbs/10_params.ipynb #c37
 def _resolve(annotation):
     "The type that an annotation's syntax tree names, found without running it."
     if isinstance(annotation, ast.Subscript):
@@ -312,7 +313,7 @@ def notebook_params(
         raise ParameterError(f"{path}: its parameters cell may only hold lines such as steps:PositiveInt = 1")
     return declared
 
-# %% ../nbs/10_params.ipynb #c38
+# %% ../nbs/10_params.ipynb #c39
 def read_params(
     namespace:dict, # the notebook's `globals()`, after its parameters cell
 ) -> dict: # {name: value} of every declared parameter
@@ -327,7 +328,7 @@ def read_params(
         names += [s.targets[0].id for s in ast.parse(cell).body if isinstance(s, ast.Assign)]
     return check_params({name: namespace[name] for name in names}, declared)
 
-# %% ../nbs/10_params.ipynb #c45
+# %% ../nbs/10_params.ipynb #c46
 class TrainConfig(BaseModel):
     "The settings of a training run; the defaults are the full recipe."
     model_config = ConfigDict(frozen=True, extra="forbid")
