@@ -305,17 +305,19 @@ def test_compiled_adamw_is_adamw():
 
 
 def test_waiting_for_data_is_measured(tmp_path, monkeypatch):
-    "A reader that takes as long as a step and more shows as waiting; an idle one does not."
+    "A reader that takes longer than a step shows as waiting, and two of them read twice as much."
     path = bench.write_images(tmp_path/"images.npy", bench.generated_parts(40, side=16, part=15), 40)
     assert bench.open_images(path).float().std() > 70
     monkeypatch.setitem(bench.SIZES, "full", TINY)
     crops = bench.ImageDataset.crops
 
     def slow(self, step, batch_size):
-        bench.time.sleep(.1)
+        bench.time.sleep(.5)
         return crops(self, step, batch_size)
 
     monkeypatch.setattr(bench.ImageDataset, "crops", slow)
-    assert bench.waiting_share(path, 4, steps=5)["waiting"] > .5
-    assert max(bench.reading_rate(path, 4, steps=5).values()) < 45
-    assert bench.reading_rate(path, 4, ahead=2, steps=10)["cache"] > 45
+    found = bench.waiting_share(path, 4, steps=3)
+    assert found["waiting"] > .3  # the rest is the step itself, on a machine that may be busy
+    assert found["step_s"] > .45
+    assert max(bench.reading_rate(path, 4, steps=4).values()) <= 8
+    assert bench.reading_rate(path, 4, ahead=2, steps=6)["cache"] > 8
