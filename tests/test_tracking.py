@@ -1,4 +1,4 @@
-"Following a run of the real trainer: through a stop and a resume, in TensorBoard and trackio, and in a notebook."
+"Following a run of the real trainer through a stop and a resume, in TensorBoard, trackio and a notebook."
 import importlib
 import json
 

@@ -196,8 +196,9 @@ def model_card(
         lines += _scores_table(name, scores)
     in_training = config.get("class_accuracy")
     if in_training is not None:
+        real = _number(config.get("class_accuracy_real"))
         lines += [f"After training, from [config.json](config.json): class accuracy {in_training:.4g}",
-                  f"(real images {_number(config.get('class_accuracy_real'))}), n = {config.get('n', '?')}.\n"]
+                  f"(real images {real}), n = {config.get('n', '?')}.\n"]
     lines += [] if evaluations else ["Fréchet distance, KID, precision and recall: not measured.\n"]
     lines += ["## What it cannot do\n", *_limits(header, evaluations), "", "## How it was made\n"]
     trained = header.get("metadata", {})
