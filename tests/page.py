@@ -43,7 +43,12 @@ class Display:
     def __init__(self, folder):
         self.folder, self.count = Path(folder), 0
 
-    def __call__(self, *things):
+    def __call__(self, *things, display_id=None):
+        if display_id: # a picture that changes later: the same file is written again
+            handle = Display(self.folder)
+            handle.count = self.count
+            self(*things)
+            return handle
         for thing in things:
             save = getattr(thing, "savefig", None) or getattr(thing, "save", None)
             if save is None:
@@ -52,6 +57,12 @@ class Display:
             self.folder.mkdir(parents=True, exist_ok=True)
             save(self.folder/f"{self.count:02d}.png")
             self.count += 1
+
+        return None
+
+    def update(self, figure):
+        "In place of `DisplayHandle.update`."
+        figure.savefig(self.folder/f"{self.count:02d}.png")
 
     def show_figures(self):
         "In place of `plt.show()`."

@@ -19,7 +19,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = """nbs tinycats tests settings.ini setup.py README.md CITATION.cff constraints.txt MANIFEST.in
-           LICENSE Makefile .gitignore .github""".split()
+           LICENSE Makefile .gitignore .github CONTRIBUTING.md CHANGELOG.md SECURITY.md .devcontainer
+           .pre-commit-config.yaml""".split()
 
 
 def copy_repository(there):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'page_parser', 'page_words', 'bring_run', 'main']
 
-# %% ../nbs/18_cli.ipynb #c02
+# %% ../nbs/18_cli.ipynb #c03
 import json, os, re, shutil, subprocess, sys
 from argparse import SUPPRESS, REMAINDER, RawDescriptionHelpFormatter
 from difflib import get_close_matches
@@ -17,7 +17,7 @@ from .params import (
     CfgScale, ParameterError, SampleCount, Seed, Solver, SolverSteps, Text, check_params, notebook_params)
 from .util import MissingExtra, project_root, require_extra, resources_folder
 
-# %% ../nbs/18_cli.ipynb #c05
+# %% ../nbs/18_cli.ipynb #c06
 def _comments(source):
     "{parameter: its comment} of the cell tagged `parameters`."
     cells = json.loads(source.read_text(encoding="utf-8"))["cells"]
@@ -41,7 +41,7 @@ def page_parser(
         parser.add_argument(*flags, dest=name, default=SUPPRESS, metavar=name.upper(), help=shown, **alone)
     return parser
 
-# %% ../nbs/18_cli.ipynb #c06
+# %% ../nbs/18_cli.ipynb #c07
 def page_words(
     page:str, # train or evaluate
     words:list, # a command line, such as ["mine", "--steps", "500", "--params", "full"]
@@ -65,7 +65,7 @@ def page_words(
         converted += ["-p", name, value]
     return converted, run
 
-# %% ../nbs/18_cli.ipynb #c09
+# %% ../nbs/18_cli.ipynb #c10
 def bring_run(
     run:str|None, # the name of a run
 ):
@@ -85,7 +85,7 @@ def _evaluate(words):
     bring_run(run or named.get("run", "toy"))
     run_command(converted, run)
 
-# %% ../nbs/18_cli.ipynb #c11
+# %% ../nbs/18_cli.ipynb #c12
 _SAMPLING = dict( # name: (type, default, help)
     classes=(list[str], [], "the classes to draw, with commas between them; all"),
     samples=(SampleCount, 4, "images of each class"),
@@ -106,7 +106,7 @@ def _sample_parser():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=f"{text}; {default}")
     return parser
 
-# %% ../nbs/18_cli.ipynb #c12
+# %% ../nbs/18_cli.ipynb #c13
 def _load(run, weights, revision):
     "A network by the name of a run, a path, or a repository."
     from tinycats.runs import load_run
@@ -134,7 +134,7 @@ def _sample(words):
     sheet.save(out)
     print(f"{len(images)} images, in {out}")
 
-# %% ../nbs/18_cli.ipynb #c14
+# %% ../nbs/18_cli.ipynb #c15
 def _explore(words):
     "Open the explorer in the browser; what follows goes to voila."
     require_extra("lab", "voila", "ipykernel")
@@ -164,7 +164,7 @@ def _export(words):
     out = given.out or f"{Path(given.run).stem}.onnx"
     print(export_onnx(_load(given.run, given.file, given.revision), out, weights=given.weights))
 
-# %% ../nbs/18_cli.ipynb #c15
+# %% ../nbs/18_cli.ipynb #c16
 def _cloud(words):
     "Train or evaluate in a GPU container of Modal's."
     require_extra("cloud", "modal", "papermill")
@@ -197,7 +197,7 @@ def _data(words):
     for split in ("trainval", "test"):
         load_pets(split=split, size=144, download=True)
 
-# %% ../nbs/18_cli.ipynb #c16
+# %% ../nbs/18_cli.ipynb #c17
 COMMANDS = dict( # name: (function of the words after it, what it does)
     train=(_train, "train a network, or go on with a run: [RUN] [--steps 9000 ...] [--params full]"),
     evaluate=(_evaluate, "draw with a run and score it: [RUN] [--cfg-scale 3 ...]"),
@@ -221,7 +221,7 @@ def _parser():
     parser.add_argument("words", nargs=REMAINDER, help=SUPPRESS)
     return parser
 
-# %% ../nbs/18_cli.ipynb #c17
+# %% ../nbs/18_cli.ipynb #c18
 def _find_command(name):
     "The function of a command; a ParameterError names the nearest if there is none."
     if name not in COMMANDS:
@@ -245,7 +245,7 @@ def main(
     except KeyboardInterrupt:
         raise SystemExit("stopped") from None
 
-# %% ../nbs/18_cli.ipynb #c18
+# %% ../nbs/18_cli.ipynb #c19
 if __name__ == "__main__":
     if __spec__ is not None: # python -m tinycats; a notebook has no __spec__
         main()

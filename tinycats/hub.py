@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS_FILE', 'parse_repo', 'fetch_weights', 'read_header', 'find_scores', 'model_card', 'push_to_hub']
 
-# %% ../nbs/19_hub.ipynb #c02
+# %% ../nbs/19_hub.ipynb #c03
 import hashlib, json, os, re, shutil, tempfile
 from configparser import ConfigParser
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from pathlib import Path
 import tinycats
 from .util import find_path, project_root, read_json, require_extra, resources_folder
 
-# %% ../nbs/19_hub.ipynb #c05
+# %% ../nbs/19_hub.ipynb #c06
 WEIGHTS_FILE = "ema.safetensors" # its name in a repository, as in a run folder
 
 def parse_repo(
@@ -27,7 +27,7 @@ def parse_repo(
         return None, None
     return match[1], match[2]
 
-# %% ../nbs/19_hub.ipynb #c08
+# %% ../nbs/19_hub.ipynb #c09
 def _status(error):
     "The HTTP status of an error; None if no server has answered."
     return getattr(getattr(error, "response", None), "status_code", None)
@@ -64,7 +64,7 @@ def _one_line_errors(repo):
             httpx.TransportError) as e:
         raise _translate(e, repo) from None
 
-# %% ../nbs/19_hub.ipynb #c10
+# %% ../nbs/19_hub.ipynb #c11
 def fetch_weights(
     repo:str, # user/name
     revision:str|None=None, # a branch, tag or commit; None: the main branch
@@ -75,7 +75,7 @@ def fetch_weights(
     with _one_line_errors(repo if revision is None else f"{repo}@{revision}"):
         return Path(huggingface_hub.hf_hub_download(repo, WEIGHTS_FILE, revision=revision))
 
-# %% ../nbs/19_hub.ipynb #c14
+# %% ../nbs/19_hub.ipynb #c15
 def read_header(
     path:str|Path, # a .safetensors file
 ) -> dict: # config, classes, metadata
@@ -109,7 +109,7 @@ def find_scores(
             found[path.parent.name] = read_json(path)
     return found
 
-# %% ../nbs/19_hub.ipynb #c17
+# %% ../nbs/19_hub.ipynb #c18
 _DATA = dict( # name: (what it is, licence in words, licence as the Hub writes it)
     toy=("Toy cats, drawn by `tinycats.toy_cats`: no photographs.", "Apache-2.0", "apache-2.0"),
     pets=("Photographs of cats from Oxford-IIIT Pet (Parkhi et al. 2012).", "CC BY-SA 4.0", "cc-by-sa-4.0"),
@@ -132,7 +132,7 @@ _RECIPE = """steps batch_size lr lr_min warmup_steps weight_decay ema_decay clas
 def _number(value):
     return "not measured" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value}"
 
-# %% ../nbs/19_hub.ipynb #c18
+# %% ../nbs/19_hub.ipynb #c19
 def _scores_table(name, scores):
     "Every score beside its reference value, as Markdown."
     source = f"evaluation/{name}/scores.json"
@@ -155,7 +155,7 @@ def _limits(header, evaluations):
     yield f"- Copies of training images: {copies}."
     yield "- Fairness, robustness and use outside of teaching and experiments: not measured."
 
-# %% ../nbs/19_hub.ipynb #c19
+# %% ../nbs/19_hub.ipynb #c20
 def _head(repo, folder, header, licence):
     "The card up to the example: metadata of the Hub, picture, five lines of Python."
     config = header["config"]
@@ -179,7 +179,7 @@ def _home():
     ini.read(resources_folder()/"settings.ini", encoding="utf-8")
     return ini["DEFAULT"]["git_url"]
 
-# %% ../nbs/19_hub.ipynb #c20
+# %% ../nbs/19_hub.ipynb #c21
 def model_card(
     run:str|Path, # the name of a run in outputs/, or the path of its folder
     repo:str, # user/name
@@ -194,7 +194,12 @@ def model_card(
              f"Licence of the data: {licence}. Classes: {', '.join(header['classes'])}.\n", "## Scores\n"]
     for name, scores in evaluations.items():
         lines += _scores_table(name, scores)
-    lines += [] if evaluations else ["Not measured.\n"]
+    in_training = config.get("class_accuracy")
+    if in_training is not None:
+        real = _number(config.get("class_accuracy_real"))
+        lines += [f"After training, from [config.json](config.json): class accuracy {in_training:.4g}",
+                  f"(real images {real}), n = {config.get('n', '?')}.\n"]
+    lines += [] if evaluations else ["Fréchet distance, KID, precision and recall: not measured.\n"]
     lines += ["## What it cannot do\n", *_limits(header, evaluations), "", "## How it was made\n"]
     trained = header.get("metadata", {})
     lines += [f"Step {trained.get('step', 'not stated')}, weights: {trained.get('weights', 'not stated')}.",
@@ -206,7 +211,7 @@ def _run_folder(run):
     "The folder of a run, as `tinycats.runs.run_folder` finds it."
     return project_root()/"outputs"/run if Path(run).name == str(run) else find_path(run)
 
-# %% ../nbs/19_hub.ipynb #c25
+# %% ../nbs/19_hub.ipynb #c26
 def _gather(folder, run, repo):
     "Copy and write into `folder` what the repository of a run holds."
     shutil.copyfile(run/WEIGHTS_FILE, folder/WEIGHTS_FILE)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TRACKERS', 'scalars', 'sheets', 'TensorBoard', 'Trackio', 'track', 'log_run', 'live_curve']
 
-# %% ../nbs/20_tracking.ipynb #c02
+# %% ../nbs/20_tracking.ipynb #c03
 import math, shutil, time
 from pathlib import Path
 from .params import ParameterError
 from .runs import read_records, run_folder
 from .util import MissingExtra, require_extra
 
-# %% ../nbs/20_tracking.ipynb #c05
+# %% ../nbs/20_tracking.ipynb #c06
 def scalars(
     record:dict, # of a run, as in metrics.jsonl
 ) -> dict: # {name: number}
@@ -30,7 +30,7 @@ def sheets(
     "The sheets of samples that a run has drawn along the way."
     return {int(path.stem[5:]): path for path in sorted(folder.glob("samples/step_*.png"))}
 
-# %% ../nbs/20_tracking.ipynb #c08
+# %% ../nbs/20_tracking.ipynb #c09
 class TensorBoard:
     "Event files in the folder `tensorboard` of a run, written anew."
     @staticmethod
@@ -89,7 +89,7 @@ class Trackio:
 
 TRACKERS = dict(tensorboard=TensorBoard, trackio=Trackio)
 
-# %% ../nbs/20_tracking.ipynb #c10
+# %% ../nbs/20_tracking.ipynb #c11
 class _Log:
     "The log of a run: records before the first, then each as it comes, and sheets as they appear."
     def __init__(self, folder, to, first=math.inf):
@@ -119,7 +119,7 @@ def _check_tracker(to):
         raise ParameterError(f"log_to={to!r}: choose one of {', '.join(TRACKERS)}")
     TRACKERS[to].check()
 
-# %% ../nbs/20_tracking.ipynb #c11
+# %% ../nbs/20_tracking.ipynb #c12
 def track(
     records, # from `Trainer.fit`
     run:str|Path, # the run folder, or the name of the run
@@ -154,14 +154,14 @@ def log_run(
     _Log(folder, to).close()
     return len(records)
 
-# %% ../nbs/20_tracking.ipynb #c18
+# %% ../nbs/20_tracking.ipynb #c19
 def live_curve(
     records, # from `Trainer.fit`
     run:str|Path, # the run folder, or the name of the run: curves begin at its first record
+    display, # what a notebook calls `display`; IPython has it in every notebook
     share:float=.02, # the largest part of the time that may go into drawing
 ): # a generator of the same records
     "Pass records on and draw them in the notebook now and then, and at the end: one picture stays."
-    from IPython.display import display
     from tinycats.viz import plot_curves
     handle = None
     next_s = -math.inf
