@@ -40,7 +40,7 @@ def write_pictures(root, k, per_class, seed=0):
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     "An empty project; the test runs in it, with a cache of its own."
-    (tmp_path/"settings.ini").touch()
+    (tmp_path/"settings.ini").write_text("lib_name = tinycats\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path/"cache"))
     return tmp_path

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LITTLE_DATA', 'MINUTES', 'NAMES', 'network_for', 'time_step', 'length_for', 'choose_recipe', 'warm_start']
 
-# %% ../nbs/15_recipe.ipynb #c02
+# %% ../nbs/15_recipe.ipynb #c03
 import shlex, time
 from pathlib import Path
 from statistics import median
@@ -18,7 +18,7 @@ from .params import NETWORK_SIZES, ParameterError
 from .runs import load_run, parameter_errors, read_config
 from .util import find_path, format_duration
 
-# %% ../nbs/15_recipe.ipynb #c05
+# %% ../nbs/15_recipe.ipynb #c06
 LITTLE_DATA = 1_000 # pictures below which memorising is the danger
 
 def network_for(
@@ -38,7 +38,7 @@ def network_for(
         params |= dict(cfg_scale=1.)
     return params
 
-# %% ../nbs/15_recipe.ipynb #c08
+# %% ../nbs/15_recipe.ipynb #c09
 MINUTES = 8 # of training, in which a first run shall end
 
 def time_step(
@@ -75,7 +75,7 @@ def length_for(
     return dict(steps=steps, warmup_steps=min(100, third), ema_decay=[.99 if steps < 2000 else .998],
                 log_every=25, sample_every=third, checkpoint_every=third)
 
-# %% ../nbs/15_recipe.ipynb #c11
+# %% ../nbs/15_recipe.ipynb #c12
 NAMES = ("image_size", "patch_size", "dim", "depth", "num_heads", "prediction") # of a network
 
 def choose_recipe(
@@ -108,7 +108,7 @@ def choose_recipe(
         f"  {' '.join(f'-p {name} {_as_argument(value)}' for name, value in chosen.items())}",
         f"  the training takes about {format_duration(seconds)} ({speed})", *_advice(len(paths))]
 
-# %% ../nbs/15_recipe.ipynb #c12
+# %% ../nbs/15_recipe.ipynb #c13
 def _advice(count):
     "What to look out for with so many pictures, in lines."
     if count >= LITTLE_DATA:
@@ -121,7 +121,7 @@ def _as_argument(value):
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return shlex.quote(text)
 
-# %% ../nbs/15_recipe.ipynb #c16
+# %% ../nbs/15_recipe.ipynb #c17
 def _load_weights(source):
     "The network of a run, or of a file with weights."
     path = find_path(source)
