@@ -7,7 +7,7 @@ __all__ = ['log', 'TIMEOUT_S', 'MAX_RESTARTS', 'ThreadTuner', 'tuned_threads', '
            'check_processes', 'launch', 'train_in_processes']
 
 # %% ../nbs/14_parallel.ipynb #c02
-import contextlib, json, logging, os, pickle
+import contextlib, json, logging, multiprocessing, os, pickle
 import signal, subprocess, sys, tempfile, threading, time
 from datetime import timedelta
 from pathlib import Path
@@ -336,9 +336,12 @@ def launch(
     options = json.loads((folder/"launch.json").read_text())
     for name in ("elastic", "launcher"):
         logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
+    multiprocessing.set_forkserver_preload(options["preload"])
+    methods = multiprocessing.get_all_start_methods()
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=options["processes"], max_restarts=options["max_restarts"],
-        run_id=folder.name, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="spawn")
+        run_id=folder.name, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        start_method="forkserver" if "forkserver" in methods else "spawn")
     try:
         results = elastic_launch(config, _train_rank)(folder, options["timeout_s"])
         errors = {rank: error for rank, error in results.items() if error and not isinstance(error, RankLeft)}
@@ -364,7 +367,8 @@ def _start_launcher(folder, trainer):
     except (pickle.PicklingError, AttributeError, TypeError) as e:
         raise ValueError(f"processes={trainer.config.processes}: {_first_line(e)}; give the trainer functions "
                          "and classes of a module, not of the notebook") from e
-    options = dict(processes=trainer.config.processes, max_restarts=MAX_RESTARTS, timeout_s=TIMEOUT_S)
+    options = dict(processes=trainer.config.processes, max_restarts=MAX_RESTARTS, timeout_s=TIMEOUT_S,
+                   preload=[type(trainer).__module__, "torch._dynamo"]) # what takes long is imported once
     (folder/"launch.json").write_text(json.dumps(options))
     code = f"from tinycats.parallel import launch; launch({str(folder)!r})"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
