@@ -194,18 +194,22 @@ class Ranks:
 
     @contextlib.contextmanager
     def leave(self):
-        "Inside, an error of this process is noted for the others, which then end quietly."
+        "Inside, an error of this process is noted for the others, and ends the connections to them."
         try:
             yield
-        except (RankError, RankLeft):
-            raise
         except Exception as e:
             if self.size > 1:
-                with contextlib.suppress(RuntimeError): # where the store has ended, so have the others
-                    self.store.set("left", f"rank {self.rank}: {type(e).__name__}: {_first_line(e)}")
+                _note_error(self, e)
+                dist.destroy_process_group() # the others notice at once, though this process may live on
             raise
 
 # %% ../nbs/14_parallel.ipynb #c15
+def _note_error(ranks, error):
+    "Leave word why this process ends, unless it is because of another."
+    if not isinstance(error, (RankError, RankLeft)):
+        with contextlib.suppress(RuntimeError): # where the store has ended, so have the others
+            ranks.store.set("left", f"rank {ranks.rank}: {type(error).__name__}: {_first_line(error)}")
+
 def _find_cause(ranks, seconds, error):
     "Why a collective failed: a RankLeft, or a RankError that names the process that was not there."
     try:
@@ -309,7 +313,6 @@ def _train_rank(folder, timeout_s):
             for record in make_trainer(**job).fit():
                 if ranks.is_first:
                     append_line(folder/"records.jsonl", json.dumps(record) + "\n")
-        dist.destroy_process_group()
     except RankError:
         raise
     except BaseException as e:
