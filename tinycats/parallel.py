@@ -200,7 +200,8 @@ class Ranks:
         except Exception as e:
             if self.size > 1:
                 _note_error(self, e)
-                dist.destroy_process_group() # the others notice at once, though this process may live on
+                if dist.is_initialized(): # the others notice at once, though this process may live on
+                    dist.destroy_process_group()
             raise
 
 # %% ../nbs/14_parallel.ipynb #c15
@@ -315,8 +316,10 @@ def _train_rank(folder, timeout_s):
                     append_line(folder/"records.jsonl", json.dumps(record) + "\n")
     except RankError:
         raise
-    except BaseException as e:
+    except Exception as e:
         return _portable(e)
+    except (KeyboardInterrupt, SystemExit): # stopped by a signal, and saved
+        raise SystemExit(1) from None
 
 def _describe_failures(failures):
     "One line about ranks that have ended; those that were killed first, for the others only miss them."
@@ -331,20 +334,21 @@ def launch(
     folder:str|Path, # holds job.pt and launch.json; records.jsonl and outcome.pkl are written to it
 ):
     "What the launcher does: start the ranks, restart them if one dies or hangs, and note how it ended."
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     _end_with_parent()
     folder = Path(folder)
     options = json.loads((folder/"launch.json").read_text())
-    for name in ("elastic", "launcher"):
-        logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
+    for name in ("distributed.elastic", "distributed.launcher", "multiprocessing"):
+        logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)
     multiprocessing.set_forkserver_preload(options["preload"])
     methods = multiprocessing.get_all_start_methods()
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=options["processes"], max_restarts=options["max_restarts"],
         run_id=folder.name, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        start_method="forkserver" if "forkserver" in methods else "spawn")
+        start_method="forkserver" if "forkserver" in methods else "spawn",
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder/"logs")))
     try:
         results = elastic_launch(config, _train_rank)(folder, options["timeout_s"])
         errors = {rank: error for rank, error in results.items() if error and not isinstance(error, RankLeft)}
