@@ -237,13 +237,15 @@ def _connect(timeout_s):
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") # the store outlives it, and so do its keys
+        store = dist.PrefixStore(f"tinycats{attempt}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=rank,
                                 world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as e:
         if "EADDRINUSE" in str(e) or "address already in use" in str(e):
             raise RankError(f"port {port} is in use: choose another, as torchrun --master-port does") from None
         raise RankError(f"no connection to the other processes by {address}:{port}: {_first_line(e)}") from e
-    return Ranks(rank, size, dist.PrefixStore("tinycats", store), timeout_s)
+    return Ranks(rank, size, store, timeout_s)
 
 def join_ranks(
     timeout_s:float=TIMEOUT_S, # a process that does not answer for so long hangs
@@ -340,8 +342,7 @@ def launch(
     _end_with_parent()
     folder = Path(folder)
     options = json.loads((folder/"launch.json").read_text())
-    for name in ("distributed.elastic", "distributed.launcher", "multiprocessing"):
-        logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)
+    logging.disable() # what happens is said in one line, by the ranks or by the notebook
     multiprocessing.set_forkserver_preload(options["preload"])
     methods = multiprocessing.get_all_start_methods()
     config = LaunchConfig(
