@@ -26,10 +26,10 @@ TESTS = sorted((ROOT/"tests").glob("*.py")) + [ROOT/"setup.py"]
 ARROWS = dict(
     util="", core="", params="", flow="", ema="",
     toy="core", data="util core", dit="util core", checkpoint="util",
-    trainer="util core params flow ema checkpoint",
+    trainer="util core params flow ema checkpoint parallel", parallel="util",
     viz="util core flow", metrics="util core",
     runs="util core params data toy dit ema checkpoint metrics viz",
-    explorer="util core dit flow viz runs", pages="util params",
+    explorer="util core dit flow viz runs parallel", pages="util params",
     export="util params flow runs pages", cloud="util params pages checkpoint")
 
 # What importing a module must not load.
@@ -37,7 +37,7 @@ TOOLS = """nbdev fastcore execnb nbformat nbconvert nbclient jupyter_client jupy
            papermill""".split()
 DISPLAY = "matplotlib IPython ipywidgets ipykernel torchvision".split()
 UNWANTED = {name: [*TOOLS, "modal"] for name in ARROWS}
-for name in "core data toy dit flow ema checkpoint trainer metrics".split():
+for name in "core data toy dit flow ema checkpoint trainer metrics parallel".split():
     UNWANTED[name] += DISPLAY
 for name in ("util", "params", "pages"):
     UNWANTED[name] += [*DISPLAY, "torch", "numpy"]
