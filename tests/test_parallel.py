@@ -1,12 +1,15 @@
-"What the chapter on processes cannot show about itself: processes that train together, are stopped and killed."
+"What the chapter on processes cannot show: some that train together, are stopped, hang and are killed."
 import json
 import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 import psutil
 import pytest
@@ -146,8 +149,8 @@ def test_processes_must_agree(tmp_path):
     def work(rank):
         list(trainer_of(tmp_path/"run", lr=1e-3*(rank + 1)).fit())
 
-    line = ("ValueError: rank 1 has lr=0.002, rank 0 has 0.001: start all processes with the same code and the "
-            "same parameters")
+    line = ("ValueError: rank 1 has lr=0.002, rank 0 has 0.001: "
+            "start all processes with the same code and the same parameters")
     assert errors_of(tmp_path, 2, work) == [line, line]
     assert {p.name for p in (tmp_path/"run").iterdir()} == {".lock"}
 
@@ -170,7 +173,8 @@ def test_a_port_in_use(tmp_path, monkeypatch):
         port = s.getsockname()[1]
         pid = child(lambda: as_rank(0, 2, port, lambda rank: note_error(tmp_path)))
         assert exit_code(pid) == 0
-    assert (tmp_path/"error").read_text() == f"port {port} is in use: choose another, as torchrun --master-port does"
+    line = f"port {port} is in use: choose another, as torchrun --master-port does"
+    assert (tmp_path/"error").read_text() == line
 
 
 def note_error(folder):
@@ -236,8 +240,8 @@ def test_given_up_after_so_many_restarts(tmp_path, monkeypatch):
         for record in trainer.fit():
             if record["step"] == 12:
                 ranks_of(os.getpid(), tmp_path/"run")[1].kill()
-    line = ("(rank 1 was ended by SIGKILL .9.|rank 0 has lost rank 1: .*); given up: the same command goes on "
-            "from the newest checkpoint")
+    line = ("(rank 1 was ended by SIGKILL .9.|rank 0 has lost rank 1: .*); "
+            "given up: the same command goes on from the newest checkpoint")
     assert re.fullmatch(line, str(e.value))
     saved = load_latest(tmp_path/"run"/"checkpoints")[0]
     assert saved >= 12
@@ -274,3 +278,55 @@ def test_errors_come_back_as_they_are(tmp_path):
         list(trainer_of(tmp_path/"new", processes=2, on_sample=lambda trainer: None).fit())
     assert "\n" not in str(e.value)
     assert not (tmp_path/"new").exists()
+
+
+# -- Threads -------------------------------------------------------------------------------------------------
+
+DEMO = """
+import sys, torch
+from tinycats import ImageDataset, TinyDiT, TrainConfig, Trainer, toy_cats
+data = ImageDataset(*toy_cats(390, 48))
+model = TinyDiT(48, 8, dim=192, depth=4, num_heads=4)
+config = TrainConfig(steps=10**6, batch_size=16, log_every=5, checkpoint_every=10**6, sample_every=0,
+                     threads=int(sys.argv[2]) or None)
+for record in Trainer(model, data, sys.argv[1], config).fit():
+    print(1000/record["steps_per_s"], record["threads"], flush=True)
+"""
+BUSY = "while True:\n    pass"
+
+
+@contextmanager
+def processes(*commands, **options):
+    started = [subprocess.Popen([sys.executable, *command], **options) for command in commands]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def step_ms(process, records=20, skip=10):
+    "The median duration of a step in the next records of the demo, in milliseconds; a trial is skipped."
+    lines = [process.stdout.readline().split() for _ in range(skip + records)]
+    return median(float(ms) for ms, _ in lines[skip:])
+
+
+@pytest.mark.skipif("TINYCATS_IDLE" not in os.environ, reason="a minute on an idle computer; TINYCATS_IDLE=1")
+def test_a_busy_computer(tmp_path):
+    "Beside two busy loops a step of the demo is at most 2.5 times slower; alone it is not slower than before."
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    env |= dict(PYTHONPATH=str(ROOT), GOMP_SPINCOUNT="1000")
+    options = dict(stdout=subprocess.PIPE, text=True, env=env)
+    with processes(["-c", DEMO, tmp_path/"fixed", str(os.cpu_count())], **options) as (demo,):
+        all_threads = step_ms(demo)
+    with processes(["-c", DEMO, tmp_path/"tuned", "0"], **options) as (demo,):
+        alone = step_ms(demo)
+        with processes(*[["-c", BUSY]]*2):
+            busy = step_ms(demo, skip=30)
+        afterwards = step_ms(demo, skip=120)
+    print(f"ms a step: {all_threads:.0f} with all threads, {alone:.0f} measured, {busy:.0f} beside two busy "
+          f"programs, {afterwards:.0f} afterwards")
+    assert alone < 1.15*all_threads
+    assert busy < 2.5*alone
+    assert afterwards < 1.3*alone

@@ -466,7 +466,7 @@ def _check_num_classes(model, data):
         raise ValueError(f"the model has {model.num_classes} classes and the data {data.num_classes}: "
                          f"build the model with num_classes={data.num_classes}")
 
-# %% ../nbs/05_trainer.ipynb #c54
+# %% ../nbs/05_trainer.ipynb #c55
 def _own_slice(state, batch):
     "The slice of a batch that this process computes, with random numbers of its own for dropout."
     part = state.ranks.slice(len(batch[0]))
@@ -500,7 +500,7 @@ def _compute_gradients(state, batch):
         raise StepAborted
     return ranks.sum_gradients(state.model.parameters(), losses, n)
 
-# %% ../nbs/05_trainer.ipynb #c55
+# %% ../nbs/05_trainer.ipynb #c56
 def _compiled(loss_fn, setting, device):
     "The loss, compiled if the settings ask for it; a ValueError where that cannot work."
     missing = _missing_for_compile(device) if setting else []
@@ -604,7 +604,7 @@ class TrainState:
         if state["micro_batch_setting"] == self.config.micro_batch: # a new setting is tried afresh
             self.micro_batch = state["micro_batch"]
 
-# %% ../nbs/05_trainer.ipynb #c59
+# %% ../nbs/05_trainer.ipynb #c60
 def _check_folder(folder):
     "A CheckpointError for a folder in which no run can begin or go on without a loss."
     checkpoints = folder/"checkpoints"
@@ -628,7 +628,7 @@ def _find_checkpoint(resume, folder):
                               "choose another run name, or resume 'auto'")
     return found if found or resume in ("auto", "never") else load_checkpoint(resume)
 
-# %% ../nbs/05_trainer.ipynb #c60
+# %% ../nbs/05_trainer.ipynb #c61
 def _restore(trainer, step, state):
     "Be where a checkpoint was; errors in one line if it is of another run, or of none."
     needed = [*trainer.state_dict(), "train_seconds"]
@@ -672,7 +672,7 @@ def _resume_together(trainer):
         trainer.step, trainer.prior_seconds = begin[1:]
         trainer.records.start(trainer.step)
 
-# %% ../nbs/05_trainer.ipynb #c61
+# %% ../nbs/05_trainer.ipynb #c62
 def _draw_samples(trainer):
     "Call `on_sample`; a stop signal ends it, and should it fail, the training before it is saved."
     trainer.check_lock()
@@ -687,7 +687,7 @@ def _draw_samples(trainer):
         trainer.finish()
         raise
 
-# %% ../nbs/05_trainer.ipynb #c62
+# %% ../nbs/05_trainer.ipynb #c63
 @contextlib.contextmanager
 def _save_at_end(trainer):
     "Save when the loop inside ends or its caller leaves it; note in config.json how far the run has come."
@@ -725,7 +725,7 @@ def _raise_if_stopped(trainer):
         log.warning(message)
     raise KeyboardInterrupt(message) if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
 
-# %% ../nbs/05_trainer.ipynb #c63
+# %% ../nbs/05_trainer.ipynb #c64
 def _starts_processes(trainer):
     "Whether this process only starts those that train."
     return trainer.ranks.size == 1 and trainer.config.processes > 1
@@ -753,12 +753,14 @@ def _check_replicas(trainer):
         checksum = sum(p.detach().double().abs().sum() for p in trainer.model.parameters())
         trainer.ranks.check_same(dict(step=trainer.step, weights=repr(checksum.item())))
 
-# %% ../nbs/05_trainer.ipynb #c64
+# %% ../nbs/05_trainer.ipynb #c65
 def _tune_threads(trainer):
     "A context manager: the number of threads is chosen by measuring; several processes share the cores."
     threads, ranks = trainer.config.threads, trainer.ranks
     if ranks.size > 1 and not threads:
         threads = max(1, torch.get_num_threads()//int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)))
+    if threads and trainer.saved_threads not in (None, threads):
+        log.info("the run had %d threads and has %d: its last digits may differ", trainer.saved_threads, threads)
     return tuned_threads(trainer.device, threads, begin_with=trainer.saved_threads)
 
 def _workers(trainer):
@@ -774,7 +776,7 @@ def _note_changes(trainer):
     if before != now and trainer.model.config.get("dropout"):
         log.warning("dropout depends on the number of processes, which was %d and is %d", before, now)
 
-# %% ../nbs/05_trainer.ipynb #c65
+# %% ../nbs/05_trainer.ipynb #c66
 @contextlib.contextmanager
 def _prepared(trainer):
     "Hold the lock, catch signals, and keep a thread for checkpoints; the first of several processes writes."
@@ -791,7 +793,7 @@ def _run_config(trainer):
                     train_seconds=round(trainer.train_seconds, 1))
     return settings | run_metadata(trainer.model) | progress
 
-# %% ../nbs/05_trainer.ipynb #c66
+# %% ../nbs/05_trainer.ipynb #c67
 class Trainer(TrainState):
     "Train a flow-matching model in a run folder; `fit()` yields a record every `log_every` steps."
     def __init__(self,
@@ -890,7 +892,7 @@ class Trainer(TrainState):
             self.check_lock()
             atomic_write(self.folder/"config.json", json.dumps(_run_config(self), indent=1) + "\n")
 
-# %% ../nbs/05_trainer.ipynb #c105
+# %% ../nbs/05_trainer.ipynb #c108
 def print_progress(
     records, # from `Trainer.fit`
     steps:int, # length of the run
