@@ -314,7 +314,7 @@ def step_ms(process, records=20, skip=10):
 
 @pytest.mark.skipif("TINYCATS_IDLE" not in os.environ, reason="a minute on an idle computer; TINYCATS_IDLE=1")
 def test_a_busy_computer(tmp_path):
-    "Beside two busy loops a step of the demo is at most 2.5 times slower; alone it is not slower than before."
+    "Beside two busy loops a step of the demo is at most 2.5 times slower; alone it is no slower than before."
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     env |= dict(PYTHONPATH=str(ROOT), GOMP_SPINCOUNT="1000")
     options = dict(stdout=subprocess.PIPE, text=True, env=env)

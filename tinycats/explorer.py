@@ -512,7 +512,7 @@ class Explorer(w.HBox):
         self.view = ExplorerView()
         self.panel = ControlPanel(run, self.load)
         self.controls = self.panel.controls
-        self.result = self.task = self.tuner = self.tuned_run = None
+        self.result = self.task = self.tuner = None
         self.paused = False
         super().__init__([self.panel, self.view], layout=w.Layout(flex_flow="row wrap"))
         for control in self.controls.values():
@@ -569,9 +569,9 @@ class Explorer(w.HBox):
     def _sample(self, settings, submitted, problem):
         "In the worker's thread: sample, show, and report."
         self.result = None
-        if self.tuned_run != settings["run"]: # another network
-            self.tuner, self.tuned_run = make_tuner(self.load.device), settings["run"]
-        self.task = SamplingTask(settings, self.view, self.load, lambda: self.worker.superseded, self.tuner)
+        self.tuner = self.tuner or make_tuner(self.load.device) # in this thread
+        self.task = SamplingTask(
+            settings, self.view, self.load, is_superseded=lambda: self.worker.superseded, tuner=self.tuner)
         try:
             if problem:
                 raise ValueError(problem)

@@ -130,7 +130,8 @@ class Ranks:
         store=None, # a key-value store that all of them reach
         timeout_s:float=TIMEOUT_S, # a process that does not answer for so long hangs
     ):
-        self.rank, self.size, self.store, self.timeout_s = rank, size, store, timeout_s
+        self.rank, self.size = rank, size
+        self.store, self.timeout_s = store, timeout_s
         self.count = 0 # collectives begun
 
     @property
@@ -246,13 +247,14 @@ def _connect(timeout_s):
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") # the store outlives it, and so do its keys
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") # its keys outlive it in the store
         store = dist.PrefixStore(f"tinycats{attempt}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=rank,
                                 world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as e:
         if "EADDRINUSE" in str(e) or "address already in use" in str(e):
-            raise RankError(f"port {port} is in use: choose another, as torchrun --master-port does") from None
+            remedy = "choose another, as torchrun --master-port does"
+            raise RankError(f"port {port} is in use: {remedy}") from None
         raise RankError(f"no connection to the other processes by {address}:{port}: {_first_line(e)}") from e
     return Ranks(rank, size, store, timeout_s)
 
@@ -305,8 +307,8 @@ def _load_job(folder):
     try:
         return torch.load(folder/"job.pt", mmap=True, weights_only=False, map_location=_own_gpu)
     except AttributeError as e: # a class or function that pickle does not find
-        raise ValueError(f"processes: {_first_line(e)}: what the run needs must be defined in a module, not in "
-                         "the notebook") from None
+        raise ValueError(f"processes: {_first_line(e)}: what the run needs must be defined in a module, "
+                         "not in the notebook") from None
 
 def _own_gpu(storage, location):
     "For `torch.load`: from any GPU to that of this process."
@@ -337,8 +339,8 @@ def _describe_failures(failures):
     rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
     if failure.exitcode < 0:
         return f"rank {rank} was ended by {failure.signal_name()} ({-failure.exitcode})"
-    message = failure.message
-    return message["message"].removeprefix("RankError: ") if isinstance(message, dict) else _first_line(message)
+    message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+    return _first_line(message).removeprefix("RankError: ")
 
 # %% ../nbs/14_parallel.ipynb #c27
 def launch(
@@ -382,8 +384,8 @@ def _start_launcher(folder, trainer):
     try:
         torch.save(job, folder/"job.pt")
     except (pickle.PicklingError, AttributeError, TypeError) as e:
-        raise ValueError(f"processes={trainer.config.processes}: {_first_line(e)}; give the trainer functions "
-                         "and classes of a module, not of the notebook") from e
+        raise ValueError(f"processes={trainer.config.processes}: {_first_line(e)}; give the trainer "
+                         "functions and classes of a module, not of the notebook") from e
     options = dict(processes=trainer.config.processes, max_restarts=MAX_RESTARTS, timeout_s=TIMEOUT_S,
                    preload=[type(trainer).__module__, "torch._dynamo"]) # what takes long is imported once
     (folder/"launch.json").write_text(json.dumps(options))
@@ -391,6 +393,7 @@ def _start_launcher(folder, trainer):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen([sys.executable, "-c", code], env=env, start_new_session=True)
 
+# %% ../nbs/14_parallel.ipynb #c29
 def _follow(path, launcher, stop_signals):
     "Yield the records that rank 0 appends to a file while the launcher runs; pass a stop signal on, once."
     position = last = 0
@@ -417,7 +420,7 @@ def _stop(launcher, seconds=90):
     except subprocess.TimeoutExpired:
         launcher.kill()
 
-# %% ../nbs/14_parallel.ipynb #c29
+# %% ../nbs/14_parallel.ipynb #c30
 def train_in_processes(
     trainer, # a `Trainer`, whose `config.processes` says how many; its own weights stay as they are
 ): # a generator of the records of rank 0
@@ -433,5 +436,5 @@ def train_in_processes(
             if error := pickle.loads((folder/"outcome.pkl").read_bytes()):
                 raise error
         elif not trainer.stop_signals:
-            raise RankError(f"the launcher has ended with code {launcher.returncode}: the same command goes on "
-                            "from the newest checkpoint")
+            raise RankError(f"the launcher has ended with code {launcher.returncode}: the same command "
+                            "goes on from the newest checkpoint")

@@ -658,6 +658,7 @@ def _resume(trainer):
     elif found: # begun from another run's checkpoint: from now on the folder has its own
         trainer.finish()
 
+# %% ../nbs/05_trainer.ipynb #c62
 def _resume_together(trainer):
     "Resume; with several processes all of them begin where rank 0 is."
     ranks = trainer.ranks
@@ -672,7 +673,7 @@ def _resume_together(trainer):
         trainer.step, trainer.prior_seconds = begin[1:]
         trainer.records.start(trainer.step)
 
-# %% ../nbs/05_trainer.ipynb #c62
+# %% ../nbs/05_trainer.ipynb #c63
 def _draw_samples(trainer):
     "Call `on_sample`; a stop signal ends it, and should it fail, the training before it is saved."
     trainer.check_lock()
@@ -687,7 +688,7 @@ def _draw_samples(trainer):
         trainer.finish()
         raise
 
-# %% ../nbs/05_trainer.ipynb #c63
+# %% ../nbs/05_trainer.ipynb #c64
 @contextlib.contextmanager
 def _save_at_end(trainer):
     "Save when the loop inside ends or its caller leaves it; note in config.json how far the run has come."
@@ -725,7 +726,7 @@ def _raise_if_stopped(trainer):
         log.warning(message)
     raise KeyboardInterrupt(message) if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
 
-# %% ../nbs/05_trainer.ipynb #c64
+# %% ../nbs/05_trainer.ipynb #c65
 def _starts_processes(trainer):
     "Whether this process only starts those that train."
     return trainer.ranks.size == 1 and trainer.config.processes > 1
@@ -753,14 +754,14 @@ def _check_replicas(trainer):
         checksum = sum(p.detach().double().abs().sum() for p in trainer.model.parameters())
         trainer.ranks.check_same(dict(step=trainer.step, weights=repr(checksum.item())))
 
-# %% ../nbs/05_trainer.ipynb #c65
+# %% ../nbs/05_trainer.ipynb #c66
 def _tune_threads(trainer):
     "A context manager: the number of threads is chosen by measuring; several processes share the cores."
     threads, ranks = trainer.config.threads, trainer.ranks
     if ranks.size > 1 and not threads:
         threads = max(1, torch.get_num_threads()//int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)))
     if threads and trainer.saved_threads not in (None, threads):
-        log.info("the run had %d threads and has %d: its last digits may differ", trainer.saved_threads, threads)
+        log.info("the run had %d threads, now it has %d: last digits may differ", trainer.saved_threads, threads)
     return tuned_threads(trainer.device, threads, begin_with=trainer.saved_threads)
 
 def _workers(trainer):
@@ -776,7 +777,7 @@ def _note_changes(trainer):
     if before != now and trainer.model.config.get("dropout"):
         log.warning("dropout depends on the number of processes, which was %d and is %d", before, now)
 
-# %% ../nbs/05_trainer.ipynb #c66
+# %% ../nbs/05_trainer.ipynb #c67
 @contextlib.contextmanager
 def _prepared(trainer):
     "Hold the lock, catch signals, and keep a thread for checkpoints; the first of several processes writes."
@@ -789,11 +790,11 @@ def _prepared(trainer):
 def _run_config(trainer):
     "What config.json says: settings, circumstances, and how far the run has been saved."
     settings = trainer.model.config | trainer.config.model_dump(mode="json") | trainer.metadata
-    progress = dict(classes=trainer.model.classes, step=trainer.checkpointer.saved_step, workers=_workers(trainer),
-                    train_seconds=round(trainer.train_seconds, 1))
+    progress = dict(classes=trainer.model.classes, step=trainer.checkpointer.saved_step,
+                    workers=_workers(trainer), train_seconds=round(trainer.train_seconds, 1))
     return settings | run_metadata(trainer.model) | progress
 
-# %% ../nbs/05_trainer.ipynb #c67
+# %% ../nbs/05_trainer.ipynb #c68
 class Trainer(TrainState):
     "Train a flow-matching model in a run folder; `fit()` yields a record every `log_every` steps."
     def __init__(self,
@@ -892,7 +893,7 @@ class Trainer(TrainState):
             self.check_lock()
             atomic_write(self.folder/"config.json", json.dumps(_run_config(self), indent=1) + "\n")
 
-# %% ../nbs/05_trainer.ipynb #c108
+# %% ../nbs/05_trainer.ipynb #c109
 def print_progress(
     records, # from `Trainer.fit`
     steps:int, # length of the run
