@@ -761,7 +761,7 @@ def _tune_threads(trainer):
     if ranks.size > 1 and not threads:
         threads = max(1, torch.get_num_threads()//int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)))
     if threads and trainer.saved_threads not in (None, threads):
-        log.info("the run had %d threads, now it has %d: last digits may differ", trainer.saved_threads, threads)
+        log.info("the run had %d threads and has %d: last digits may differ", trainer.saved_threads, threads)
     return tuned_threads(trainer.device, threads, begin_with=trainer.saved_threads)
 
 def _workers(trainer):
