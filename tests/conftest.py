@@ -11,7 +11,7 @@ from helpers import CHROMIUM
 
 USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
          signal.SIGHUP: signal.SIG_DFL}
-FIRST = ["test_runs", "test_checkpoint", "test_cloud", "test_pages", "test_browser", "test_train"]
+FIRST = """test_runs test_checkpoint test_parallel test_cloud test_pages test_browser test_train""".split()
 
 for number, usual in USUAL.items():
     if signal.getsignal(number) == signal.SIG_IGN:

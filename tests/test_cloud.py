@@ -300,7 +300,7 @@ def test_pictures_of_ones_own(tmp_path):
 
 
 def test_python_detaches(tmp_path):
-    "`python -m tinycats.cloud --detach` hands the run over, with GPU, time limit and retries as given."
+    "`python -m tinycats.cloud --detach` hands the run over, with GPUs, time limit and retries as given."
     words = flags(**TOY | dict(run="far", steps=2))
     summary, done = run_offline(
         tmp_path, PYTHON, "--detach", "--gpu", "h100!:2", "--timeout", "600", "--retries", "2", *words)
@@ -309,6 +309,8 @@ def test_python_detaches(tmp_path):
     assert "far: submitted" in done.stdout
     assert not (tmp_path/"home"/"outputs").exists()
     complete_weights(volume(tmp_path)/"far", steps=2)
+    record, = [json.loads(line) for line in open(volume(tmp_path)/"far"/"metrics.jsonl")]
+    assert record["processes"] == 2  # one for each GPU
     bound = re.search(r" bind \S+ train (.*)$", (tmp_path/"state"/"log").read_text(), re.M)[1]
     for option in ('gpu_type: "H100!"', "count: 2", "timeout_secs: 600", "retries: 2"):
         assert option in bound

@@ -27,12 +27,12 @@ TESTS = [*sorted((ROOT/"tests").glob("*.py")), *sorted((ROOT/"docs").glob("*.py"
 ARROWS = dict(
     util="", core="", params="", flow="", ema="",
     toy="core", data="util core folder", folder="util metrics", prefetch="data", dit="util core hub",
-    checkpoint="util",
-    trainer="util core params flow ema checkpoint",
+    checkpoint="util", parallel="util",
+    trainer="util core params flow ema checkpoint parallel",
     viz="util core flow", metrics="util core",
     runs="util core params data folder toy dit ema checkpoint metrics viz",
     recipe="util core params dit flow folder runs",
-    explorer="util core dit flow viz runs", pages="util params recipe runs",
+    explorer="util core dit flow viz runs parallel", pages="util params recipe runs",
     export="util params flow runs pages", cloud="util params pages checkpoint folder recipe",
     __main__="util params pages dit runs viz data export cloud hub tracking", hub="util",
     tracking="util params runs viz")
@@ -42,7 +42,7 @@ TOOLS = """nbdev fastcore execnb nbformat nbconvert nbclient jupyter_client jupy
            papermill""".split()
 DISPLAY = "matplotlib IPython ipywidgets ipykernel torchvision".split()
 UNWANTED = {name: [*TOOLS, "modal"] for name in ARROWS}
-for name in "core data folder prefetch toy dit flow ema checkpoint trainer metrics".split():
+for name in "core data folder prefetch toy dit flow ema checkpoint trainer metrics parallel".split():
     UNWANTED[name] += DISPLAY
 for name in ("util", "params", "pages", "hub", "__main__"):
     UNWANTED[name] += [*DISPLAY, "torch", "numpy"]

@@ -65,7 +65,8 @@ def test_config_holds_settings_and_circumstances(complete):
 def test_a_record_every_log_every_steps(complete):
     records = read_lines(complete[0]/"outputs/a/metrics.jsonl")
     assert [record["step"] for record in records] == [5, 10, 15, 20]
-    expected = {"step", "loss", "lr", "grad_norm", "steps_per_s", "images_per_s", "eta_s", "loss_by_t"}
+    expected = {"step", "loss", "lr", "grad_norm", "steps_per_s", "images_per_s", "eta_s", "loss_by_t",
+                "threads"}
     assert set(records[0]) == expected
 
 

@@ -90,7 +90,7 @@ def estimate(
     "How long a training run takes and what it costs, by the assumptions above."
     model, count = _split_gpu(gpu)
     size = {name: params[name] for name in ("image_size", "patch_size", "dim", "depth")}
-    step_s = params["batch_size"]*train_flops(**size)/(PEAK_TFLOPS[model]*1e12*UTILISATION)
+    step_s = params["batch_size"]*train_flops(**size)/(count*PEAK_TFLOPS[model]*1e12*UTILISATION)
     hours = params["steps"]*max(MIN_STEP_S, step_s)/3600
     return hours, hours*count*PRICES[model] if model in PRICES else None
 
@@ -164,6 +164,22 @@ def _read_yaml(path, kind):
         raise ParameterError(f"{path!r}: there is no such file of parameters; there are {names}")
     return read_yaml(found.read_text(encoding="utf-8"), repr(path), kind)
 
+def _gpu_count(plan):
+    return _split_gpu(plan.gpu)[1] if plan.gpu else 1
+
+def _default_processes(plan):
+    "One process for each GPU, unless a parameter says otherwise."
+    count = _gpu_count(plan)
+    return dict(processes=count) if plan.notebook == "train" and count > 1 else {}
+
+def _check_gpus(plan):
+    "Refuse more processes than GPUs before one is rented."
+    for values in plan.values:
+        if plan.gpu and values.get("processes", 1) > _gpu_count(plan):
+            model, processes = plan.gpu.partition(":")[0], values["processes"]
+            raise ParameterError(f"processes={processes}: {plan.gpu} has too few GPUs; choose --gpu "
+                                 f"{model}:{processes}")
+
 def _check_runs(plan):
     "A sweep has runs, and each has a name of its own."
     runs = [given["run"] for given in plan.sets]
@@ -203,7 +219,7 @@ def parse_args(
     declared, given = notebook_params(path), _pairs(rest)
     unknown = {name: value for name, value in given.items() if name not in declared}
     check_params(unknown, flags | declared) # names the nearest flag or parameter
-    base = _read_yaml(plan.params, dict) if plan.params else {}
+    base = _default_processes(plan) | (_read_yaml(plan.params, dict) if plan.params else {})
     entries = _read_yaml(plan.sweep, list) if plan.sweep else [{}]
     sets = [base | entry | given for entry in entries]
     if plan.notebook == "train":
@@ -212,6 +228,7 @@ def parse_args(
     names = [dict.fromkeys(["run", *chosen]) for chosen in sets]
     plan.sets = [{n: values[n] for n in chosen} for chosen, values in zip(names, plan.values)]
     _check_runs(plan)
+    _check_gpus(plan)
     return plan
 
 # %% ../nbs/09_cloud.ipynb #c30
@@ -233,10 +250,17 @@ def _describe_estimate(plan):
                    f"{allowed:.3g} h of all attempts: raise --timeout or --retries, or choose a faster GPU")
     if len(costs) > 1 and None not in costs:
         yield f"estimate   {len(costs)} runs together ${sum(costs):.2f}"
-    if _split_gpu(plan.gpu)[1] > 1:
-        yield f"warning    tinycats trains on one GPU: {plan.gpu} costs more and is no faster"
+    for values in plan.values:
+        if values["processes"] < _gpu_count(plan):
+            yield (f"warning    {values['run']}: {plan.gpu} has {_gpu_count(plan)} GPUs, and processes is "
+                   f"{values['processes']}: the others are paid for and do nothing")
 
 # %% ../nbs/09_cloud.ipynb #c31
+def _container_size(plan):
+    "Cores and MiB of memory; each process needs its own."
+    count = _gpu_count(plan)
+    return dict(cpu=max(2, count), memory=8192*count)
+
 def describe_plan(
     plan:Namespace, # from `parse_args`
     words:list|tuple=(), # the command line itself
@@ -248,8 +272,9 @@ def describe_plan(
     yield f"           pip install {' '.join(spec.packages)} -c constraints.txt"
     yield f"files      tinycats (the package), {', '.join(spec.files.values())}"
     yield f"volumes    {OUTPUTS_VOLUME} at {WORKDIR}/outputs, {DATA_VOLUME} at {WORKDIR}/store"
-    yield (f"container  {plan.gpu or 'no GPU'}, 2 cores, 8 GiB; at most {plan.timeout:,} s an attempt, "
-           f"retries: {plan.retries}")
+    size = _container_size(plan)
+    yield (f"container  {plan.gpu or 'no GPU'}, {size['cpu']} cores, {size['memory']//1024} GiB; at most "
+           f"{plan.timeout:,} s an attempt, retries: {plan.retries}")
     for given in plan.sets:
         report = report_path("outputs", plan.notebook, given["run"]).as_posix()
         parameters = " ".join(f"-p {name} {value}" for name, value in given.items())
@@ -327,7 +352,7 @@ def _read_config(folder):
 def _is_complete(folder, params):
     "Whether the run in `folder` has these parameters and is finished."
     config = _read_config(folder)
-    free = ("device", "resume", "allow_changes") # what may differ
+    free = ("device", "resume", "allow_changes", "processes", "threads") # what may differ
     same = all(config.get(name) == value for name, value in params.items() if name not in free)
     finished = config.get("step") == params["steps"] and "wall_seconds" in config
     return same and finished and (folder/"ema.safetensors").exists()
@@ -656,7 +681,7 @@ def _submit(plan, detach):
     "Inside the running app: start the containers; unless detached, wait and download."
     runs = [given["run"] for given in plan.sets]
     function = {"train": train, "evaluate": evaluate}[plan.notebook].with_options(
-        gpu=plan.gpu, timeout=plan.timeout, retries=_retry_policy(plan.retries))
+        gpu=plan.gpu, timeout=plan.timeout, retries=_retry_policy(plan.retries), **_container_size(plan))
     options = dict(call=uuid.uuid4().hex, pictures=_upload_pictures(plan))
     with_pets = [v for v in plan.values if v.get("data") in ("pets", "heads") and "image_size" in v]
     for size in {values["image_size"]*9//8 for values in with_pets}:

@@ -21,6 +21,7 @@ from torch import Tensor
 from .core import pick_device, pick_dtype
 from .dit import load_model
 from .flow import SOLVERS, cfg_forward, sample, seeded_noise
+from .parallel import make_tuner
 from .runs import find_runs, list_weights
 from .util import project_root
 from .viz import image_grid
@@ -371,13 +372,15 @@ class SamplingTask:
     first_seconds = .05   # the first unfinished images
     redraw_seconds = .2   # between two unfinished images
 
-    def __init__(self, settings, view, load, is_superseded):
+    def __init__(self, settings, view, load, is_superseded, tuner=None):
         self.settings = settings
+        self.tuner = tuner # a ThreadTuner that is given the seconds an image takes
         self.view = view
         self.load = load
         self.is_superseded = is_superseded
         self.first_shown = None
         self.started = self.last_shown = self.last_progress = time.perf_counter()
+        self.evaluation_began = None # after the first evaluation, which includes loading
 
     def run(self):
         "The images {name of the weights: (n, 3, h, w)}; raises _Superseded."
@@ -393,6 +396,8 @@ class SamplingTask:
     def on_prediction(self, name, images, t, is_draft, done):
         "Show what is worth showing; give up for a newer request."
         now = time.perf_counter()
+        if self.tuner and self.evaluation_began:
+            self.tuner.add((now - self.evaluation_began)/len(images))
         no_draft = self.settings["num_steps"] <= 2*DRAFT_STEPS
         draft_done = is_draft and t > 1 - 1.5/DRAFT_STEPS
         worth_it = is_draft or no_draft or t > .5
@@ -404,6 +409,7 @@ class SamplingTask:
             self.last_progress = now
         if self.is_superseded() and (self.first_shown or now - self.started > self.min_seconds):
             raise _Superseded
+        self.evaluation_began = time.perf_counter()
 
 # %% ../nbs/08_explorer.ipynb #c32
 def _as_control_value(name, value):
@@ -506,7 +512,7 @@ class Explorer(w.HBox):
         self.view = ExplorerView()
         self.panel = ControlPanel(run, self.load)
         self.controls = self.panel.controls
-        self.result = self.task = None
+        self.result = self.task = self.tuner = None
         self.paused = False
         super().__init__([self.panel, self.view], layout=w.Layout(flex_flow="row wrap"))
         for control in self.controls.values():
@@ -563,7 +569,9 @@ class Explorer(w.HBox):
     def _sample(self, settings, submitted, problem):
         "In the worker's thread: sample, show, and report."
         self.result = None
-        self.task = SamplingTask(settings, self.view, self.load, lambda: self.worker.superseded)
+        self.tuner = self.tuner or make_tuner(self.load.device) # in this thread
+        self.task = SamplingTask(
+            settings, self.view, self.load, is_superseded=lambda: self.worker.superseded, tuner=self.tuner)
         try:
             if problem:
                 raise ValueError(problem)

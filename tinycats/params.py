@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PositiveInt', 'NonNegativeInt', 'Seed', 'BatchSize', 'SampleCount', 'SolverSteps', 'ToyCount', 'CheckpointCount',
-           'ImageSize', 'Width', 'Depth', 'HeadCount', 'PositiveFloat', 'NonNegativeFloat', 'Fraction', 'Probability',
-           'LogitMean', 'LogitStd', 'CfgScale', 'Device', 'Precision', 'DataName', 'Prediction', 'CompileMode',
-           'TimeSampling', 'Solver', 'Tracker', 'NETWORK_SIZES', 'NetworkSize', 'RunName', 'EvaluationName', 'Text',
-           'ResumeFrom', 'EmaDecays', 'TimeInterval', 'ParameterError', 'describe', 'coerce', 'check_params',
-           'notebook_params', 'read_params', 'TrainConfig', 'Optional']
+           'ImageSize', 'Width', 'Depth', 'ProcessCount', 'HeadCount', 'PositiveFloat', 'NonNegativeFloat', 'Fraction',
+           'Probability', 'LogitMean', 'LogitStd', 'CfgScale', 'Device', 'Precision', 'DataName', 'Prediction',
+           'CompileMode', 'TimeSampling', 'Solver', 'Tracker', 'NETWORK_SIZES', 'NetworkSize', 'RunName',
+           'EvaluationName', 'Text', 'ResumeFrom', 'EmaDecays', 'TimeInterval', 'ParameterError', 'describe', 'coerce',
+           'check_params', 'notebook_params', 'read_params', 'TrainConfig', 'Optional']
 
 # %% ../nbs/10_params.ipynb #c03
 import ast, inspect, json
@@ -45,6 +45,7 @@ CheckpointCount = _int_range(2, 1_000)  # checkpoints to compare
 ImageSize = _int_range(1, 4_096)        # pixels
 Width = _int_range(4, 2**14)            # of the network
 Depth = _int_range(1, 1_024)            # blocks
+ProcessCount = _int_range(1, 64)        # processes that train together
 HeadCount = _int_range(1, 1_024)        # attention heads
 
 # %% ../nbs/10_params.ipynb #c09
@@ -349,6 +350,8 @@ class TrainConfig(BaseModel):
     compile:Optional[bool] = None # torch.compile network and loss; None: on a GPU that supports it
     compile_mode:CompileMode = "default" # of torch.compile; reduce-overhead: CUDA graphs
     ema_every:PositiveInt = 1 # steps between updates of the moving averages
+    processes:ProcessCount = 1 # that share a step, one for each GPU
+    threads:Optional[PositiveInt] = None # of a CPU; None: measured while the run trains
     log_every:PositiveInt = 100 # steps between records in metrics.jsonl
     sample_every:NonNegativeInt = 5_000 # steps between sheets of samples; 0: never
     checkpoint_every:PositiveInt = 10_000 # steps between checkpoints

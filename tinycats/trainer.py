@@ -24,6 +24,7 @@ from .checkpoint import (
 from .core import halve_on_oom, pick_dtype, stream_seed
 from .ema import EMA
 from .flow import drop_labels, flow_loss, logit_normal_times, uniform_times
+from .parallel import RankError, check_processes, join_ranks, train_in_processes, tuned_threads
 from .params import TrainConfig
 from .util import append_line, atomic_write, catch_signals, format_duration, read_json
 
@@ -109,9 +110,10 @@ def accumulate_grads(
     dtype:torch.dtype=torch.float32, # of the matrix products
     scale_loss=None, # scales the loss before the backward pass, as float16 needs it
     loss_fn=flow_loss, # (model, x1, y, x0, t, ...) -> (b,) losses
+    batch_size:int|None=None, # of the mean, where `batch` is a slice of a larger one; None: all of it
 ) -> Tensor: # (b,) losses; the gradients are in the weights
     "Gradients of the mean loss of a batch, a micro-batch at a time."
-    batch_size, device = len(batch[0]), batch[0].device
+    batch_size, device = batch_size or len(batch[0]), batch[0].device
     losses = []
     for piece in zip(*(values.split(micro_batch) for values in batch)):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -178,10 +180,12 @@ def _interrupt_if_repeated(caught):
         raise KeyboardInterrupt
 
 @contextlib.contextmanager
-def catch_stop_signals(): # a context manager that gives the list of the signals caught so far
+def catch_stop_signals(
+    alone:bool=True, # a process that others wait for is not interrupted by a second SIGINT
+): # a context manager that gives the list of the signals caught so far
     "Record SIGINT, SIGTERM, SIGHUP and, in a Jupyter kernel, the parent's death; a second SIGINT interrupts."
-    names = "SIGINT", "SIGTERM", "SIGHUP"
-    with catch_signals(*names, on_signal=_interrupt_if_repeated) as caught, _outlive_parent():
+    names, on_signal = ("SIGINT", "SIGTERM", "SIGHUP"), _interrupt_if_repeated if alone else None
+    with catch_signals(*names, on_signal=on_signal) as caught, _outlive_parent():
         yield caught
 
 class StepAborted(Exception):
@@ -462,7 +466,41 @@ def _check_num_classes(model, data):
         raise ValueError(f"the model has {model.num_classes} classes and the data {data.num_classes}: "
                          f"build the model with num_classes={data.num_classes}")
 
-# %% ../nbs/05_trainer.ipynb #c54
+# %% ../nbs/05_trainer.ipynb #c55
+def _own_slice(state, batch):
+    "The slice of a batch that this process computes, with random numbers of its own for dropout."
+    part = state.ranks.slice(len(batch[0]))
+    if part.start:
+        seed = stream_seed(state.config.seed, f"dropout of step {state.step} from image {part.start}")
+        torch.manual_seed(seed)
+    return tuple(values[part] for values in batch)
+
+def _accumulate(state, batch, n):
+    "Losses and gradients of a batch of n images, or of a slice of it; remembers what fits in memory."
+    size = min(state.micro_batch, len(batch[0]))
+    if not size: # there are more processes than images
+        state.model.zero_grad(set_to_none=True)
+        return batch[0].new_zeros(0)
+    losses, fits = accumulate_grads_with_oom_retry(
+        state.model, batch, size, dtype=state.dtype, scale_loss=state._scale_loss, loss_fn=state.loss_fn,
+        batch_size=n)
+    state.micro_batch = fits if fits < size else state.micro_batch
+    return losses
+
+def _compute_gradients(state, batch):
+    "Losses and gradients of a batch; several processes compute a slice each, and stop together."
+    n, ranks = len(batch[0]), state.ranks
+    if ranks.size == 1:
+        return _accumulate(state, batch, n)
+    losses = batch[0].new_zeros(0)
+    with contextlib.suppress(StepAborted): # the others have to know
+        losses = _accumulate(state, _own_slice(state, batch), n)
+    if number := ranks.largest(state.stop_signals[0] if state.stop_signals else 0):
+        state.stop_signals[:1] = [number]
+        raise StepAborted
+    return ranks.sum_gradients(state.model.parameters(), losses, n)
+
+# %% ../nbs/05_trainer.ipynb #c56
 def _compiled(loss_fn, config, device):
     "The loss, compiled if the settings ask for it; a ValueError where that cannot work."
     setting = config.compile
@@ -483,7 +521,8 @@ class TrainState:
         _check_num_classes(model, data)
         model.classes = list(data.classes) # the model is saved with the names of its classes
         self.model, self.data, self.config = model, data, _shorten_warmup(config)
-        self.device = next(model.parameters()).device
+        self.device, self.ranks = next(model.parameters()).device, join_ranks()
+        check_processes(max(config.processes, int(os.environ.get("LOCAL_WORLD_SIZE", 1))), self.device)
         self.dtype = pick_dtype(config.precision, self.device)
         self.loss_fn = _compiled(flow_loss, config, self.device)
         self.time_sampler = _time_sampler(config)
@@ -498,6 +537,7 @@ class TrainState:
         self.skipped = 0 # steps without a finite gradient, up to the last record
         self.is_updating = False # whether the weights are being changed at this moment
         self.stop_signals = []
+        self.saved_threads, self.saved_processes = None, self.ranks.size # of the checkpoint it resumed from
 
     @property
     def lr(self):
@@ -520,9 +560,7 @@ class TrainState:
         t = self.time_sampler(len(x1), x1.device)
         y = drop_labels(y, config.class_dropout_prob, self.model.null_class)
         self.model.train()
-        losses, self.micro_batch = accumulate_grads_with_oom_retry(
-            self.model, (x1, y, x0, t, *cond), self.micro_batch,
-            dtype=self.dtype, scale_loss=self._scale_loss, loss_fn=self.loss_fn)
+        losses = _compute_gradients(self, (x1, y, x0, t, *cond))
         self.is_updating = True
         self._update_weights(losses, t)
         self.step += 1
@@ -551,7 +589,7 @@ class TrainState:
         return states | dict(
             sums=self.means.sums, bad_steps=self.bad_steps, skipped=self.skipped,
             micro_batch=self.micro_batch, micro_batch_setting=self.config.micro_batch,
-            fingerprint=self.fingerprint,
+            threads=torch.get_num_threads(), processes=self.ranks.size, fingerprint=self.fingerprint,
             model_config=self.model.config, classes=self.model.classes)
 
     def load_state_dict(self, state):
@@ -563,10 +601,11 @@ class TrainState:
         self.means.sums.copy_(state["sums"])
         self.bad_steps.copy_(state["bad_steps"])
         self.skipped = int(state.get("skipped", 0))
+        self.saved_threads, self.saved_processes = state.get("threads"), state.get("processes", 1)
         if state["micro_batch_setting"] == self.config.micro_batch: # a new setting is tried afresh
             self.micro_batch = state["micro_batch"]
 
-# %% ../nbs/05_trainer.ipynb #c58
+# %% ../nbs/05_trainer.ipynb #c60
 def _check_folder(folder):
     "A CheckpointError for a folder in which no run can begin or go on without a loss."
     checkpoints = folder/"checkpoints"
@@ -590,11 +629,12 @@ def _find_checkpoint(resume, folder):
                               "choose another run name, or resume 'auto'")
     return found if found or resume in ("auto", "never") else load_checkpoint(resume)
 
-# %% ../nbs/05_trainer.ipynb #c59
+# %% ../nbs/05_trainer.ipynb #c61
 def _restore(trainer, step, state):
     "Be where a checkpoint was; errors in one line if it is of another run, or of none."
     needed = [*trainer.state_dict(), "train_seconds"]
-    missing = [name for name in needed if name not in state and name != "skipped"]
+    optional = "skipped", "threads", "processes" # older checkpoints lack them
+    missing = [name for name in needed if name not in state and name not in optional]
     if missing:
         raise CheckpointError(f"the checkpoint of step {step} is of no training run: it lacks {missing[0]}")
     try:
@@ -619,7 +659,22 @@ def _resume(trainer):
     elif found: # begun from another run's checkpoint: from now on the folder has its own
         trainer.finish()
 
-# %% ../nbs/05_trainer.ipynb #c60
+# %% ../nbs/05_trainer.ipynb #c62
+def _resume_together(trainer):
+    "Resume; with several processes all of them begin where rank 0 is."
+    ranks = trainer.ranks
+    ranks.check_same(dict(tinycats=tinycats.__version__, torch=torch.__version__)
+                     | trainer.config.model_dump(mode="json") | trainer.fingerprint)
+    if ranks.is_first:
+        _resume(trainer)
+        _note_changes(trainer)
+    if ranks.size > 1:
+        begin = ranks.broadcast((cpu_copy(trainer.state_dict()), trainer.step, trainer.prior_seconds))
+        trainer.load_state_dict(begin[0])
+        trainer.step, trainer.prior_seconds = begin[1:]
+        trainer.records.start(trainer.step)
+
+# %% ../nbs/05_trainer.ipynb #c63
 def _draw_samples(trainer):
     "Call `on_sample`; a stop signal ends it, and should it fail, the training before it is saved."
     trainer.check_lock()
@@ -634,14 +689,14 @@ def _draw_samples(trainer):
         trainer.finish()
         raise
 
-# %% ../nbs/05_trainer.ipynb #c61
+# %% ../nbs/05_trainer.ipynb #c64
 @contextlib.contextmanager
 def _save_at_end(trainer):
     "Save when the loop inside ends or its caller leaves it; note in config.json how far the run has come."
     try:
         yield
         trainer.finish()
-    except (GeneratorExit, KeyboardInterrupt): # the caller left its loop, or a second Ctrl-C
+    except (GeneratorExit, KeyboardInterrupt, RankError): # left by the caller, a second Ctrl-C, a lost rank
         if not trainer.is_updating:
             trainer.finish()
         raise
@@ -668,10 +723,79 @@ def _raise_if_stopped(trainer):
         return
     message = (f"stopped at step {step} of {steps}, saved in {trainer.checkpointer.folder}: "
                "the same command goes on from there")
-    log.warning(message)
+    if not _starts_processes(trainer): # rank 0 has said it
+        log.warning(message)
     raise KeyboardInterrupt(message) if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
 
-# %% ../nbs/05_trainer.ipynb #c62
+# %% ../nbs/05_trainer.ipynb #c65
+def _starts_processes(trainer):
+    "Whether this process only starts those that train."
+    return trainer.ranks.size == 1 and trainer.config.processes > 1
+
+def _fit_in_processes(trainer):
+    "Have other processes train, and be where they have come."
+    def load_newest():
+        if found := load_latest(trainer.folder/"checkpoints"):
+            _restore(trainer, *found)
+        trainer.records.start(trainer.step)
+        trainer.records.stop()
+        trainer.checkpointer.last_step = trainer.checkpointer.saved_step = trainer.step
+    try:
+        with catch_stop_signals() as trainer.stop_signals:
+            yield from train_in_processes(trainer)
+    except GeneratorExit: # the caller left its loop
+        load_newest()
+        raise
+    load_newest()
+    _raise_if_stopped(trainer)
+
+def _check_replicas(trainer):
+    "A ValueError if the processes do not hold the same weights."
+    if trainer.ranks.size > 1:
+        checksum = sum(p.detach().double().abs().sum() for p in trainer.model.parameters())
+        trainer.ranks.check_same(dict(step=trainer.step, weights=repr(checksum.item())))
+
+# %% ../nbs/05_trainer.ipynb #c66
+def _tune_threads(trainer):
+    "A context manager: the number of threads is chosen by measuring; several processes share the cores."
+    threads, ranks = trainer.config.threads, trainer.ranks
+    if ranks.size > 1 and not threads:
+        threads = max(1, torch.get_num_threads()//int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)))
+    if threads and trainer.saved_threads not in (None, threads):
+        log.info("the run had %d threads and has %d: last digits may differ", trainer.saved_threads, threads)
+    return tuned_threads(trainer.device, threads, begin_with=trainer.saved_threads)
+
+def _workers(trainer):
+    "How many threads and processes the run uses now: the last digits of its sums depend on them."
+    threads = trainer.tuner.threads if trainer.tuner else torch.get_num_threads()
+    found = dict(threads=threads) if trainer.device.type == "cpu" else {}
+    processes = max(trainer.ranks.size, trainer.config.processes)
+    return found | (dict(processes=processes) if processes > 1 else {})
+
+def _note_changes(trainer):
+    "Say what may change the last digits of a run that resumes, or with dropout more than these."
+    before, now = trainer.saved_processes, trainer.ranks.size
+    if before != now and trainer.model.config.get("dropout"):
+        log.warning("dropout depends on the number of processes, which was %d and is %d", before, now)
+
+# %% ../nbs/05_trainer.ipynb #c67
+@contextlib.contextmanager
+def _prepared(trainer):
+    "Hold the lock, catch signals, and keep a thread for checkpoints; the first of several processes writes."
+    ranks = trainer.ranks
+    lock = RunLock(trainer.folder) if ranks.is_first else contextlib.nullcontext()
+    with ranks.leave(), lock as trainer.lock, catch_stop_signals(ranks.size == 1) as trainer.stop_signals:
+        with trainer.checkpointer:
+            yield
+
+def _run_config(trainer):
+    "What config.json says: settings, circumstances, and how far the run has been saved."
+    settings = trainer.model.config | trainer.config.model_dump(mode="json") | trainer.metadata
+    progress = dict(classes=trainer.model.classes, step=trainer.checkpointer.saved_step,
+                    workers=_workers(trainer), train_seconds=round(trainer.train_seconds, 1))
+    return settings | run_metadata(trainer.model) | progress
+
+# %% ../nbs/05_trainer.ipynb #c68
 class Trainer(TrainState):
     "Train a flow-matching model in a run folder; `fit()` yields a record every `log_every` steps."
     def __init__(self,
@@ -685,7 +809,7 @@ class Trainer(TrainState):
     ):
         super().__init__(model, data, config or TrainConfig())
         self.folder, self.metadata, self.prior_seconds = Path(folder), metadata or {}, 0.
-        self.on_sample, self.on_checkpoint = on_sample, on_checkpoint
+        self.on_sample, self.on_checkpoint, self.tuner = on_sample, on_checkpoint, None
         self.records = RunRecords(self.folder/"metrics.jsonl", self.config.steps, self.config.batch_size)
         self.tolerate_disk_full = DiskFullGuard(self.config.tolerate_disk_full)
         self.lock = None
@@ -700,28 +824,35 @@ class Trainer(TrainState):
 
     def fit(self):
         "Train to the last step, yielding records; a complete run returns at once, a stopped one resumes."
-        with RunLock(self.folder) as self.lock, catch_stop_signals() as self.stop_signals, self.checkpointer:
-            _resume(self)
-            self.tolerate_disk_full(self.write_config)
-            with _save_at_end(self):
+        if _starts_processes(self):
+            yield from _fit_in_processes(self)
+            return
+        with _prepared(self):
+            _resume_together(self)
+            with _tune_threads(self) as self.tuner, _save_at_end(self):
+                self.tolerate_disk_full(self.write_config)
                 yield from self._train()
         _raise_if_stopped(self)
         _check_skipped(self)
 
     def _train(self):
-        config = self.config
-        while self.step < config.steps and not self.stop_signals:
+        config, alone = self.config, self.ranks.size == 1
+        while self.step < config.steps and not (alone and self.stop_signals): # several agree in train_step
+            start = time.perf_counter()
             try:
                 self.train_step()
             except StepAborted:
                 return
+            self.tuner.add(time.perf_counter() - start)
             if self.is_due(config.log_every):
                 yield self.record()
             if self.is_due(config.checkpoint_every):
+                _check_replicas(self)
                 self.save()
             elif self.checkpointer.is_done:
                 self.checkpointer.wait()
-            if self.on_sample and config.sample_every and self.step % config.sample_every == 0:
+            is_due = config.sample_every and self.step % config.sample_every == 0
+            if self.on_sample and is_due and self.ranks.is_first:
                 _draw_samples(self)
 
     def check_lock(self):
@@ -738,32 +869,32 @@ class Trainer(TrainState):
         record = self.records.make(self.step, lr=self.optimizer.param_groups[0]["lr"], **means)
         if self.micro_batch != self.config.batch_size:
             record["micro_batch"] = self.micro_batch
-        self.tolerate_disk_full(self.records.append, record)
+        record |= _workers(self)
+        if self.ranks.is_first:
+            self.tolerate_disk_full(self.records.append, record)
         return record
 
     def save(self):
         "Begin to write a checkpoint, if the state is sound and the folder still ours."
         _check_finite(self)
         _check_sane(self)
-        self.lock.heartbeat()
-        self.checkpointer.save(self.step, self.state_dict() | dict(train_seconds=self.train_seconds))
+        if self.ranks.is_first:
+            self.lock.heartbeat()
+            self.checkpointer.save(self.step, self.state_dict() | dict(train_seconds=self.train_seconds))
 
     def finish(self):
         "Save what has not been saved, and wait until it is on the disk."
-        if self.checkpointer.last_step != self.step:
+        if self.ranks.is_first and self.checkpointer.last_step != self.step:
             self.save()
         self.checkpointer.wait(last=True)
 
     def write_config(self):
         "Write config.json: settings, circumstances, and how far the run has been saved."
-        self.check_lock()
-        settings = self.model.config | self.config.model_dump(mode="json") | self.metadata
-        progress = dict(classes=self.model.classes, step=self.checkpointer.saved_step)
-        progress["train_seconds"] = round(self.train_seconds, 1)
-        content = json.dumps(settings | run_metadata(self.model) | progress, indent=1)
-        atomic_write(self.folder/"config.json", content + "\n")
+        if self.ranks.is_first:
+            self.check_lock()
+            atomic_write(self.folder/"config.json", json.dumps(_run_config(self), indent=1) + "\n")
 
-# %% ../nbs/05_trainer.ipynb #c101
+# %% ../nbs/05_trainer.ipynb #c109
 def print_progress(
     records, # from `Trainer.fit`
     steps:int, # length of the run

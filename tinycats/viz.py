@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['image_grid', 'show', 'class_sheet', 'trajectory_grid', 'plot_curves', 'try_plotting', 'plot_series', 'pair_grid',
-           'generate', 'save_images', 'plot_confusion', 'cfg_grid', 'slerp', 'mix_classes', 'morph']
+           'generate', 'save_sheet', 'save_images', 'plot_confusion', 'cfg_grid', 'slerp', 'mix_classes', 'morph']
 
 # %% ../nbs/06_viz.ipynb #c02
 import io, json, sys
@@ -212,6 +212,20 @@ def generate(
     return torch.stack(done), y.cpu()
 
 # %% ../nbs/06_viz.ipynb #c39
+def save_sheet(
+    trainer, # a `Trainer`
+    decay:float, # of the moving average to sample with
+    per_class:int=4, # images of each class
+    **sampling, # as `generate` takes: seed, num_steps, cfg_scale, cfg_interval, solver
+) -> Path: # samples/step_0001500.png in the run folder
+    "Save a sheet of samples by class; what `on_sample` of a `Trainer` may call."
+    images, labels = generate(trainer.ema[decay], per_class, dtype=trainer.dtype, **sampling)
+    path = trainer.folder/"samples"/f"step_{trainer.step:07d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    class_sheet(images, labels, trainer.model.classes, per_class=per_class).save(path)
+    return path
+
+# %% ../nbs/06_viz.ipynb #c42
 def save_images(
     folder:str|Path, # made if it is not there
     images:Tensor, # (n, 3, h, w), uint8, or float in [-1, 1]
@@ -236,7 +250,7 @@ def save_images(
     (folder/file).write_text(json.dumps(metadata, indent=1) + "\n")
     return paths
 
-# %% ../nbs/06_viz.ipynb #c42
+# %% ../nbs/06_viz.ipynb #c45
 def plot_confusion(
     counts:Tensor, # (k, k); row: requested class, column: predicted class
     classes:list, # names of the classes
@@ -258,7 +272,7 @@ def plot_confusion(
     plt.close(fig)
     return fig
 
-# %% ../nbs/06_viz.ipynb #c46
+# %% ../nbs/06_viz.ipynb #c49
 def cfg_grid(
     model, # a TinyDiT
     classes:list=None, # names or indices, a row each; None: all that the model knows
@@ -273,7 +287,7 @@ def cfg_grid(
     columns = {f"cfg {s:g}": sample(model, y, x0=x0, cfg_scale=s, **sampling) for s in scales}
     return class_sheet(columns, y, model.classes, per_class=1, scale=scale)
 
-# %% ../nbs/06_viz.ipynb #c51
+# %% ../nbs/06_viz.ipynb #c54
 def slerp(
     a:Tensor, # (...) noise at share 0
     b:Tensor, # (...) noise at share 1
@@ -286,7 +300,7 @@ def slerp(
         return torch.lerp(a, b, share)
     return (torch.sin((1 - share)*angle)*a + torch.sin(share*angle)*b)/torch.sin(angle)
 
-# %% ../nbs/06_viz.ipynb #c56
+# %% ../nbs/06_viz.ipynb #c59
 def mix_classes(
     model, # a TinyDiT
     a, # class at share 0, by name or index
@@ -304,7 +318,7 @@ def mix_classes(
 
     return predict, torch.arange(len(mixed), device=table.device) + len(table)
 
-# %% ../nbs/06_viz.ipynb #c57
+# %% ../nbs/06_viz.ipynb #c60
 def morph(
     model, # a TinyDiT
     classes:tuple, # (from, to), names or indices; the same twice changes only the noise
