@@ -47,6 +47,7 @@ TITLES = dict(train="Train: toy cats", pets64_train="Train: real cats")
 
 LINK = re.compile(r'(!?\[[^\]]*\]\(|(?:src|href)=")(?![a-z]+:|/)([^)"\s]*)')
 CLAIM = re.compile(r"^\s*(assert\b|assert_close|test_(eq|ne|close|fail|is|eq_type|stdout)\()", re.M)
+BADGE = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\(([^)]*)\)")  # an image of another host
 LIST_ITEM = re.compile(r"([-*+]|\d+\.) ")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 IMPORTS = '??? setup "Imports"'
@@ -148,6 +149,7 @@ class PageWriter:
 
     def markdown(self, cell):
         text = re.sub(r"<!--.*?-->", "", source(cell), flags=re.S)
+        text = BADGE.sub(r"[Open in Colab](\1)", text)
         parts = re.split(r"^(```.*?^```)", text, flags=re.M | re.S)  # prose, code, prose, ...
         return ["".join(self.prose(part) if n % 2 == 0 else part for n, part in enumerate(parts))]
 

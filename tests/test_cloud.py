@@ -201,7 +201,7 @@ def check_interrupts(there):
 def check_definitions(there):
     "What Modal was given: image, files, volumes, time limit and retries; the GPU only with the calls."
     functions = json.loads((there/"state"/"definitions.json").read_text())["functions"]
-    assert set(functions) == {"train", "evaluate", "prepare"}
+    assert set(functions) == {"train", "evaluate", "prepare", "store_pictures"}
     train = functions["train"]
     commands = "\n".join(train["image_commands"])
     for part in ("FROM python:3.11", "slim", "-c /constraints.txt", "torch", "OMP_NUM_THREADS=1"):

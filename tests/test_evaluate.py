@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -36,8 +37,9 @@ def papermill(where, notebook, **params):
     return subprocess.run(command, cwd=where, capture_output=True, text=True)
 
 
-def ignore(*_):
-    pass
+def ignore(*_, **__):
+    "In place of `display`; its handle ignores updates."
+    return SimpleNamespace(update=ignore)
 
 
 def cells(notebook="evaluate", **params):
@@ -333,7 +335,7 @@ REFUSED = [
     (dict(weights="ema.safetensors", raw=True), ("weights='ema.safetensors'", "holds one set of weights")),
     (dict(weights="net.py"), ("weights=", "net.py")),
     (dict(weights="torn.pt"), ("weights=", "damaged or no checkpoint")),
-    (dict(data="dogs"), ("data='dogs'", "toy, pets or heads")),
+    (dict(data="dogs"), ("data='dogs'", "toy, pets, heads or folder")),
     (dict(data="pets"), ("data_root='data'", "make data")),
     (dict(features="nothing.here:load"), ("features='nothing.here:load'", "file.py:function")),
     (dict(features="magic"), ("features='magic'", "no colon")),

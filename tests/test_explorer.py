@@ -74,7 +74,7 @@ def test_the_page_runs_from_start_to_end(tmp_path):
         (tmp_path/folder).mkdir(parents=True)
     shutil.copy(ROOT/"outputs/toy/ema.safetensors", tmp_path/"outputs/toy")
     nb = nbformat.read(ROOT/"nbs/explore.ipynb", 4)
-    place = next(i for i, c in enumerate(nb.cells) if c.cell_type == "code")
+    place = next(i for i, c in enumerate(nb.cells) if "Explorer()" in c.source)
     nb.cells.insert(place + 1, nbformat.v4.new_code_cell("assert _.wait()"))
     NotebookClient(nb, timeout=120, resources={"metadata": {"path": str(tmp_path/"nbs")}}).execute()
     outputs = []

@@ -7,7 +7,7 @@ __all__ = ['SUFFIXES', 'HELD_OUT', 'NEAR_DUPLICATE', 'MAX_COMPARED', 'find_pictu
            'near_duplicate_groups', 'hold_out', 'check_memory', 'user_cache', 'cache_path', 'read_cache', 'write_cache',
            'decode_pictures', 'name_broken', 'PictureFolder', 'pack_folder', 'load_folder']
 
-# %% ../nbs/14_folder.ipynb #c02
+# %% ../nbs/14_folder.ipynb #c03
 import hashlib, json, os, tempfile, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ from torch import Tensor
 from .metrics import thumbnail_features
 from .util import project_root
 
-# %% ../nbs/14_folder.ipynb #c07
+# %% ../nbs/14_folder.ipynb #c08
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif") # of pictures, in any case
 _LEFTOVERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "Thumbs") # folders that systems leave behind
 
@@ -59,7 +59,7 @@ def _check_classes(root, classes, pictures):
         example = f"{len(pictures)} pictures, such as {pictures[0]}, lie beside the class folders"
         raise ValueError(f"{root}: {example}: move each into the folder of its class")
 
-# %% ../nbs/14_folder.ipynb #c08
+# %% ../nbs/14_folder.ipynb #c09
 def find_pictures(
     root:str|Path, # <root>/<class>/*.jpg, or pictures without classes; relative to `project_root()`
 ) -> tuple: # paths (n,), labels (n,) as whole numbers, and names of classes; in a fixed order
@@ -85,7 +85,7 @@ def find_pictures(
         raise ValueError(f"{root}: class {names} has no pictures: remove the folder or fill it")
     return [Path(path) for path, _ in found], [label for _, label in found], classes
 
-# %% ../nbs/14_folder.ipynb #c13
+# %% ../nbs/14_folder.ipynb #c14
 def _to_rgb(image, background):
     "A PIL image of any mode as RGB, on a background."
     from PIL import Image
@@ -111,7 +111,7 @@ def open_picture(
             image.draft(None, (2*side, 2*side))
         return _to_rgb(ImageOps.exif_transpose(image), background)
 
-# %% ../nbs/14_folder.ipynb #c18
+# %% ../nbs/14_folder.ipynb #c19
 def _centre_square(width, height):
     "Left, top and side of the largest square in the middle."
     side = min(width, height)
@@ -129,7 +129,7 @@ def to_square(
     pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)
     return pixels.view(size, size, 3).permute(2, 0, 1)
 
-# %% ../nbs/14_folder.ipynb #c22
+# %% ../nbs/14_folder.ipynb #c23
 HELD_OUT = .1          # share of the pictures
 NEAR_DUPLICATE = .1    # distance of thumbnails below which two pictures count as the same
 MAX_COMPARED = 20_000  # pictures up to which near-duplicates are searched for
@@ -154,7 +154,7 @@ def _lowest_of_group(values, groups):
     "Each picture gets the lowest value in its group."
     return values.scatter_reduce(0, groups, values, "amin")[groups]
 
-# %% ../nbs/14_folder.ipynb #c23
+# %% ../nbs/14_folder.ipynb #c24
 def _num_held_out(below, total):
     "How many pictures a class of `total` gives, of which `below` have a hash below the share."
     least = 2 if total >= 4 else 0
@@ -177,7 +177,7 @@ def hold_out(
             held[members] = share[members] <= lowest[count - 1]
     return _lowest_of_group(held.int(), groups).bool() # a group in two classes is held out in both or none
 
-# %% ../nbs/14_folder.ipynb #c28
+# %% ../nbs/14_folder.ipynb #c29
 def _total_memory():
     "Bytes of memory of this computer; None where the system does not say."
     try:
@@ -197,7 +197,7 @@ def check_memory(
     needed = f"{n:,} pictures of {size} pixels need {3*n*size**2/1e9:.1f} GB of memory"
     raise ValueError(f"{needed}, more than half of {total/1e9:.1f} GB: choose at most {fits} pixels")
 
-# %% ../nbs/14_folder.ipynb #c31
+# %% ../nbs/14_folder.ipynb #c32
 def user_cache() -> Path:
     "The user's cache folder for this package; one for temporary files where the system knows of no home."
     try:
@@ -214,7 +214,7 @@ def cache_path(
     folder_hash = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
     return Path(cache or user_cache())/f"{name}-{folder_hash}.safetensors"
 
-# %% ../nbs/14_folder.ipynb #c32
+# %% ../nbs/14_folder.ipynb #c33
 def read_cache(
     path:Path, # as from `cache_path`
     source:str, # a hash of what the tensors were made from
@@ -226,7 +226,8 @@ def read_cache(
             if (f.metadata() or {}).get("source") == source:
                 return {name: f.get_tensor(name) for name in f.keys()}
     except (OSError, SafetensorError):
-        return None
+        pass
+    return None
 
 def write_cache(
     path:Path, # as from `cache_path`
@@ -244,7 +245,7 @@ def write_cache(
     except (OSError, SafetensorError) as e:
         warnings.warn(f"decoded images are not kept in {path.parent}: {e}")
 
-# %% ../nbs/14_folder.ipynb #c35
+# %% ../nbs/14_folder.ipynb #c36
 def decode_pictures(
     read, # function: item -> uint8 (3, size, size)
     items:list, # what to read, each with a `name`
@@ -270,7 +271,7 @@ def name_broken(
     examples = "; ".join(f"{names[i]} ({reason})" for i, reason in [*broken.items()][:3])
     return f"{len(broken)} of {len(names)} images cannot be decoded: {examples}"
 
-# %% ../nbs/14_folder.ipynb #c36
+# %% ../nbs/14_folder.ipynb #c37
 class PictureFolder(NamedTuple):
     "The squares of a folder."
     images:Tensor # uint8 (n, 3, size, size)
@@ -299,7 +300,7 @@ class PictureFolder(NamedTuple):
             lines.append(f"{len(again)} near-duplicates, such as {copy} of {first}: on the same side as it")
         return "\n".join(lines)
 
-# %% ../nbs/14_folder.ipynb #c37
+# %% ../nbs/14_folder.ipynb #c38
 def _hash_files(paths, root, *settings):
     "A hash of names, sizes and dates of files, and of settings."
     rows = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
@@ -322,7 +323,7 @@ def _decode_folder(paths, root, size, background, skip_broken):
     good = torch.tensor([i for i in range(len(paths)) if i not in broken], dtype=torch.int64)
     return dict(images=images[good] if broken else images, good=good, hashes=hashes[good])
 
-# %% ../nbs/14_folder.ipynb #c38
+# %% ../nbs/14_folder.ipynb #c39
 def pack_folder(
     found:PictureFolder, # as from `load_folder`
     path:str|Path, # the target, ending in .safetensors
@@ -347,7 +348,7 @@ def _read_packed(path, size):
         raise ValueError(f"{path} holds squares of {stored} pixels, not {size}: pack the folder at that size")
     return found
 
-# %% ../nbs/14_folder.ipynb #c39
+# %% ../nbs/14_folder.ipynb #c40
 def load_folder(
     root:str|Path, # <root>/<class>/*.jpg, or as for `find_pictures`; or a file from `pack_folder`
     size:int=64, # side of the squares in pixels
