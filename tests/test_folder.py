@@ -21,6 +21,11 @@ TINY = dict(data="folder", image_size=16, patch_size=8, dim=32, depth=1, num_hea
             device="cpu", precision="fp32", cfg_scale=1.5)
 EVALUATION = dict(samples=2, num_steps=2, device="cpu", precision="fp32", fid=False)
 
+COLOURS = """import torch
+def colours():
+    return lambda images: torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+"""  # a feature extractor that needs no training
+
 
 def class_names(k):
     return [f"Sort {i:02d}" for i in range(k)]
@@ -71,7 +76,9 @@ def test_any_number_of_classes(k, per_class, project):
     assert sorted(p.name for p in (folder/"samples/final").iterdir() if p.is_dir()) == names
     assert trained["trainer"].step == 30
 
-    evaluated = cells("evaluate", run="own", **EVALUATION)
+    (project/"features.py").write_text(COLOURS)
+    features = "classes" if k == 1 else "features.py:colours"
+    evaluated = cells("evaluate", run="own", features=features, **EVALUATION)
     assert evaluated["real"].classes == names
     assert len(evaluated["real"].heldout[1].unique()) == k
     real = evaluated["real"]

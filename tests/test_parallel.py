@@ -248,6 +248,7 @@ def test_given_up_after_so_many_restarts(tmp_path, monkeypatch):
     assert [r["step"] for r in read_records(tmp_path/"run")] == list(range(1, saved + 1))
 
 
+@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
 def test_stopped_while_processes_train(tmp_path):
     "Ctrl-C, SIGTERM and kill -9 for the process that started them: they save once, and none is left."
     def work(name):

@@ -1,6 +1,7 @@
 """What a type checker sees of tinycats: every public name with its type, signatures without contradictions,
 and the mistakes of a user's program."""
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -33,6 +34,9 @@ reveal_type(write_page("toy"))
 '''
 WRONG = ['load_model(3)', 'sample(model, [0], num_steps="many")', 'TinyDiT(imagesize=16)',
          'write_page("toy", num_steps=None)', 'push_to_hub("toy")']
+
+
+pytestmark = pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
 
 
 @pytest.fixture(scope="module")
