@@ -232,6 +232,7 @@ def test_killed_processes_are_restarted(tmp_path):
     assert_same_course(tmp_path/"run", tmp_path/"once")
 
 
+@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
 def test_given_up_after_so_many_restarts(tmp_path, monkeypatch):
     "One line that names the process; what it had reached is saved, and the same command goes on from there."
     monkeypatch.setattr(parallel, "MAX_RESTARTS", 0)
