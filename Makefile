@@ -60,8 +60,7 @@ test: $(READY) ## run every test of the book, then those of tests/; for pytest: 
 	OMP_NUM_THREADS=1 $(PYTHON_HERE) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests $(args)
 
 data: $(READY) ## download the Oxford-IIIT Pet pictures once, into data/
-	@$(PYTHON_HERE) -c 'from tinycats import load_pets; \
-	  [load_pets(split=s, size=144, download=True) for s in ("trainval", "test")]'
+	@$(PYTHON_HERE) -m tinycats data
 
 pull: $(READY) ## download a run from Modal: run=big; with what is needed to train on: args=--checkpoints
 	@$(PYTHON_HERE) -m tinycats.cloud pull "$${TINYCATS_RUN-demo}" $$TINYCATS_ARGS

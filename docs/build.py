@@ -36,7 +36,7 @@ NAVIGATION = {
     "The book": {
         "The network": "00_data 01_dit 02_flow 03_ema",
         "Training": "04_checkpoint 05_trainer 10_params 11_runs 12_pages 09_cloud",
-        "More of it": "16_prefetch 17_parallel 20_tracking",
+        "Larger runs": "16_prefetch 17_parallel 20_tracking",
         "Your own pictures": "14_folder 15_recipe",
         "Images and sharing": "06_viz 07_metrics 08_explorer 13_export 19_hub 18_cli",
         "Appendices": "a1_util a2_core a3_toy a4_package references"},

@@ -1,5 +1,6 @@
 "Oxford-IIIT Pet as it is: names, counts, split, near-duplicates, and the pixels of its images."
 import csv
+import io
 import json
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ from PIL import Image
 from helpers import shared
 from tinycats.core import to_uint8
 from tinycats.data import BREEDS, NEAR_DUPLICATES, ImageDataset, load_pets
+from tinycats.folder import near_duplicate_groups, open_picture, to_square
 
 SIZE = 32
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,3 +162,21 @@ def test_a_user_without_a_home(root, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     images, labels = load_pets(root, "test", 16, dogs=False, heads=True)
     assert len(images) == len(labels) > 100
+
+
+def test_a_photograph_saved_again_is_a_near_duplicate():
+    "At a lower quality, and smaller: nearer than the limit. Two different photographs are further apart."
+    root = shared("oxford-iiit-pet")
+    originals, copies = [], []
+    for path in sorted((root/"images").glob("[A-Z]*.jpg"))[::60]:
+        photo = open_picture(path)
+        smaller = photo.resize((photo.width*2//3, photo.height*2//3))
+        for image, quality in ((photo, 40), (smaller, 80)):
+            file = io.BytesIO()
+            image.save(file, "JPEG", quality=quality)
+            copies.append(to_square(open_picture(io.BytesIO(file.getvalue())), 54))
+        originals.append(to_square(photo, 54))
+    n = len(originals)
+    groups = near_duplicate_groups(torch.stack([*originals, *copies]))
+    assert groups[:n].tolist() == list(range(n))
+    assert groups[n:].equal(torch.arange(n).repeat_interleave(2))

@@ -26,7 +26,7 @@ TESTS = [*sorted((ROOT/"tests").glob("*.py")), *sorted((ROOT/"docs").glob("*.py"
 # Which module may import which.
 ARROWS = dict(
     util="", core="", params="", flow="", ema="",
-    toy="core", data="util core folder", folder="util metrics", prefetch="data", dit="util core hub",
+    toy="core", data="util core folder", folder="util metrics", prefetch="data util", dit="util core hub",
     checkpoint="util", parallel="util",
     trainer="util core params flow ema checkpoint parallel",
     viz="util core flow", metrics="util core",

@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'page_parser', 'page_words', 'bring_run', 'main']
 
 # %% ../nbs/18_cli.ipynb #c03
-import json, os, re, shutil, subprocess, sys
+import os, re, shutil, subprocess, sys
 from argparse import SUPPRESS, REMAINDER, RawDescriptionHelpFormatter
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,15 +14,14 @@ from pathlib import Path
 import tinycats
 from .pages import ParameterParser, run_command
 from .params import (
-    CfgScale, ParameterError, SampleCount, Seed, Solver, SolverSteps, Text, check_params, notebook_params)
+    CfgScale, ParameterError, SampleCount, Seed, Solver, SolverSteps, Text, check_params, notebook_params,
+    parameters_cell)
 from .util import MissingExtra, project_root, require_extra, resources_folder
 
 # %% ../nbs/18_cli.ipynb #c06
 def _comments(source):
     "{parameter: its comment} of the cell tagged `parameters`."
-    cells = json.loads(source.read_text(encoding="utf-8"))["cells"]
-    tagged = next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
-    return dict(re.findall(r"^(\w+):.*?[ ]#[ ]*(.*)$", "".join(tagged["source"]), re.M))
+    return dict(re.findall(r"^(\w+):.*?[ ]#[ ]*(.*)$", parameters_cell(source), re.M))
 
 def page_parser(
     page:str, # train or evaluate

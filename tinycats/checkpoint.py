@@ -6,12 +6,12 @@
 __all__ = ['log', 'CheckpointError', 'load_checkpoint', 'list_checkpoints', 'prune_checkpoints', 'save_checkpoint', 'load_latest',
            'LockFile', 'RunLock']
 
-# %% ../nbs/04_checkpoint.ipynb #c03
+# %% ../nbs/04_checkpoint.ipynb #c04
 import hashlib, io, json, logging, os, pickle, re, socket, stat, threading, time, uuid, warnings
 from pathlib import Path
 
 import torch
-from .util import atomic_write, remove_partials
+from .util import atomic_write, first_line, remove_partials
 
 log = logging.getLogger("tinycats")
 
@@ -20,7 +20,7 @@ try:
 except ImportError: # Windows has no such locks
     fcntl = None
 
-# %% ../nbs/04_checkpoint.ipynb #c10
+# %% ../nbs/04_checkpoint.ipynb #c11
 def _checksum(body):
     "The end of a checkpoint file: a zip comment's length, then the comment, the SHA-256 of all bytes before."
     comment = b"sha256:" + hashlib.sha256(body).hexdigest().encode()
@@ -28,14 +28,14 @@ def _checksum(body):
 
 _CHECKSUM_BYTES = len(_checksum(b""))
 
-# %% ../nbs/04_checkpoint.ipynb #c12
+# %% ../nbs/04_checkpoint.ipynb #c13
 class CheckpointError(RuntimeError):
     "A checkpoint or a run folder that cannot be used."
 
 def _reason(error):
     "What PyTorch refused, in a few words."
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return found[1] if found else (str(error) or type(error).__name__).splitlines()[0]
+    return found[1] if found else first_line(error)
 
 def _serialize(step, state):
     "The bytes of a checkpoint with its checksum, after a trial that they can be loaded again."
@@ -52,7 +52,7 @@ def _serialize(step, state):
     buffer.write(_checksum(buffer.getbuffer()))
     return buffer.getbuffer()
 
-# %% ../nbs/04_checkpoint.ipynb #c14
+# %% ../nbs/04_checkpoint.ipynb #c15
 def load_checkpoint(
     path:str|Path, # a file written by `save_checkpoint`
 ) -> tuple: # (step, state), tensors on the CPU
@@ -75,7 +75,7 @@ def load_checkpoint(
         raise CheckpointError(f"{path} is refused: it holds no step and state; name a checkpoint of tinycats")
     return saved["step"], saved["state"]
 
-# %% ../nbs/04_checkpoint.ipynb #c24
+# %% ../nbs/04_checkpoint.ipynb #c25
 def list_checkpoints(
     folder:str|Path, # the checkpoints of a run
 ) -> dict: # {step: path}, newest first
@@ -86,7 +86,7 @@ def list_checkpoints(
             found[int(match[1])] = path
     return dict(sorted(found.items(), reverse=True))
 
-# %% ../nbs/04_checkpoint.ipynb #c25
+# %% ../nbs/04_checkpoint.ipynb #c26
 def _is_valid(path):
     try:
         return bool(load_checkpoint(path))
@@ -111,7 +111,7 @@ def prune_checkpoints(
         if step != valid and not (keep_every and step % keep_every == 0):
             found[step].unlink(missing_ok=True)
 
-# %% ../nbs/04_checkpoint.ipynb #c26
+# %% ../nbs/04_checkpoint.ipynb #c27
 def save_checkpoint(
     folder:str|Path, # the checkpoints of a run; made if it is not there
     step:int, # steps done so far
@@ -127,7 +127,7 @@ def save_checkpoint(
     prune_checkpoints(folder, keep, keep_every, valid=step)
     return path
 
-# %% ../nbs/04_checkpoint.ipynb #c32
+# %% ../nbs/04_checkpoint.ipynb #c33
 def load_latest(
     folder:str|Path, # the checkpoints of a run
 ) -> tuple|None: # (step, state); None if the folder holds no checkpoint
@@ -143,7 +143,7 @@ def load_latest(
                               "restore one or choose another run")
     return None
 
-# %% ../nbs/04_checkpoint.ipynb #c43
+# %% ../nbs/04_checkpoint.ipynb #c44
 def _machine_id():
     "Host name and boot of this machine, or the name that TINYCATS_OWNER gives to all attempts at a job."
     if owner := os.environ.get("TINYCATS_OWNER"):
@@ -163,7 +163,7 @@ def _flock(file):
         return None
     return True
 
-# %% ../nbs/04_checkpoint.ipynb #c44
+# %% ../nbs/04_checkpoint.ipynb #c45
 _LOCK_BYTES = 512 # the length of a lock file; JSON, padded with spaces
 
 def _open_regular(path, flags):
@@ -204,7 +204,7 @@ def _parse_owner(raw):
     valid["host"] = ascii(valid.get("host", "?"))[1:-1][:100] # one line, whatever it is
     return dict(pid="?", machine="", since=time.time(), time=time.time()) | valid
 
-# %% ../nbs/04_checkpoint.ipynb #c45
+# %% ../nbs/04_checkpoint.ipynb #c46
 def _in_use(folder, owner):
     "The error for a second run."
     since, seen = (max(0, time.time() - owner[name]) for name in ("since", "time"))
@@ -277,7 +277,7 @@ class LockFile:
         self.check()
         self.write()
 
-# %% ../nbs/04_checkpoint.ipynb #c46
+# %% ../nbs/04_checkpoint.ipynb #c47
 def _cannot_use(error):
     "The error for a folder that cannot be written to."
     remedy = "move it away"

@@ -21,11 +21,10 @@ from typing import Annotated, Literal, Optional
 
 from pydantic import AfterValidator, Field
 
-from .pages import ParameterParser, read_yaml, report_path, run_page
-from .params import ParameterError, RunName, check_params, notebook_params
-from tinycats.util import (
-    MissingExtra, atomic_write, catch_signals, find_path, partial_path, project_root, resources_folder,
-    train_flops)
+from .pages import ParameterParser, find_params_file, read_yaml, report_path, run_page
+from .params import ParameterError, RunName, check_params, notebook_params, parameters_cell
+from .util import (
+    MissingExtra, atomic_write, catch_signals, partial_path, project_root, resources_folder, train_flops)
 
 try:
     import modal
@@ -126,9 +125,8 @@ _FLAGS = dict( # name: (type, default, help)
 class _Parser(ParameterParser):
     "A parser whose help includes the notebook's parameters."
     def format_help(self):
-        cells = json.loads(_notebook("train").read_text(encoding="utf-8"))["cells"]
-        tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-        return super().format_help() + "\nparameters of train.ipynb:\n" + "".join(tagged[0]["source"]) + "\n"
+        cell = parameters_cell(_notebook("train"))
+        return f"{super().format_help()}\nparameters of train.ipynb:\n{cell}\n"
 
 def _flag_parser():
     parser = _Parser(
@@ -157,10 +155,9 @@ def _pairs(words):
 # %% ../nbs/09_cloud.ipynb #c21
 def _read_yaml(path, kind):
     "A file of parameters: the user's own, or one of ours by its name."
-    ours = resources_folder()/"nbs"/"params"
-    found = next((p for p in (find_path(path), ours/path, ours/f"{path}.yaml") if p.is_file()), None)
-    if found is None:
-        names = ", ".join(p.stem for p in sorted(ours.glob("*.yaml")))
+    found = find_params_file(path)
+    if not found.is_file():
+        names = ", ".join(p.stem for p in sorted((resources_folder()/"nbs"/"params").glob("*.yaml")))
         raise ParameterError(f"{path!r}: there is no such file of parameters; there are {names}")
     return read_yaml(found.read_text(encoding="utf-8"), repr(path), kind)
 
@@ -572,19 +569,24 @@ def _stored_pictures():
 
 def _upload_pictures(plan):
     "Bring the folders of all runs into the data volume: {run: name of the packed pictures}."
-    names, stored = {}, None
+    names, packed = {}, {}
     for values in plan.values:
-        if plan.notebook != "train" or values["data"] != "folder":
-            continue
-        name, content, line = _pack_pictures(values)
-        stored = _stored_pictures() if stored is None else stored
-        state = "in the volume" if name in stored else "uploading"
-        print(f"{values['data_root']}: {line}, {state}", flush=True)
-        if name not in stored:
-            store_pictures.remote(name, content)
-            stored.add(name)
-        names[values["run"]] = name
+        if plan.notebook == "train" and values["data"] == "folder":
+            key = tuple(values[name] for name in ("data_root", "image_size", "skip_broken"))
+            if key not in packed: # the runs of a sweep often share their pictures
+                packed[key] = _upload(values)
+            names[values["run"]] = packed[key]
     return names
+
+def _upload(values):
+    "Bring the folder of a run into the data volume, unless it is there; the name of the packed pictures."
+    name, content, line = _pack_pictures(values)
+    is_stored = name in _stored_pictures()
+    state = "in the volume" if is_stored else "uploading"
+    print(f"{values['data_root']}: {line}, {state}", flush=True)
+    if not is_stored:
+        store_pictures.remote(name, content)
+    return name
 
 # %% ../nbs/09_cloud.ipynb #c64
 def refuse_overwrite(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from .metrics import thumbnail_features
-from .util import project_root
+from .util import first_line, partial_path, project_root, total_memory
 
 # %% ../nbs/14_folder.ipynb #c08
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif") # of pictures, in any case
@@ -178,19 +178,12 @@ def hold_out(
     return _lowest_of_group(held.int(), groups).bool() # a group in two classes is held out in both or none
 
 # %% ../nbs/14_folder.ipynb #c29
-def _total_memory():
-    "Bytes of memory of this computer; None where the system does not say."
-    try:
-        return os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError): # Windows
-        return None
-
 def check_memory(
     n:int, # number of pictures
     size:int, # side in pixels
 ):
     "A ValueError if so many squares fill more than half of the memory; it names the size that would fit."
-    total = _total_memory()
+    total = total_memory()
     if total is None or 3*n*size**2 <= total/2:
         return
     fits = int((total/6/n)**.5)
@@ -237,7 +230,7 @@ def write_cache(
     "Keep tensors at `path`, atomically; a full or read-only disk is only a warning."
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, part, dict(source=source))
@@ -248,7 +241,7 @@ def write_cache(
 # %% ../nbs/14_folder.ipynb #c36
 def decode_pictures(
     read, # function: item -> uint8 (3, size, size)
-    items:list, # what to read, each with a `name`
+    items:list, # what to read
     size:int, # side of the squares in pixels
 ) -> tuple: # images uint8 (n, 3, size, size), and {index: reason} of those that cannot be decoded
     "Decode pictures in several threads."
@@ -258,7 +251,7 @@ def decode_pictures(
         try:
             images[i] = read(items[i])
         except Exception as e: # damaged files raise errors of many kinds
-            broken[i] = str(e).splitlines()[0] if str(e) else type(e).__name__
+            broken[i] = first_line(e)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(decode, range(len(items))))
     return images, dict(sorted(broken.items()))
@@ -303,11 +296,12 @@ class PictureFolder(NamedTuple):
 # %% ../nbs/14_folder.ipynb #c38
 def _hash_files(paths, root, *settings):
     "A hash of names, sizes and dates of files, and of settings."
-    rows = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
+    stats = [path.stat() for path in paths]
+    rows = [(p.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats)]
     return hashlib.sha256(repr((rows, settings)).encode()).hexdigest()
 
 def _decode_folder(paths, root, size, background, skip_broken):
-    "The tensors of a folder's cache: images, indices of the files that could be decoded, hashes of all."
+    "The tensors of a folder's cache: images, and of each the index of its file, its hash and its group."
     hashes = torch.zeros(len(paths), 32, dtype=torch.uint8)
     def read(numbered):
         i, path = numbered
@@ -321,7 +315,9 @@ def _decode_folder(paths, root, size, background, skip_broken):
             raise ValueError(f"{problem}; remove them, or go on without them: skip_broken=True")
         warnings.warn(f"{problem}; they are left out")
     good = torch.tensor([i for i in range(len(paths)) if i not in broken], dtype=torch.int64)
-    return dict(images=images[good] if broken else images, good=good, hashes=hashes[good])
+    images = images[good] if broken else images
+    groups = near_duplicate_groups(images) if len(images) <= MAX_COMPARED else torch.arange(len(images))
+    return dict(images=images, good=good, hashes=hashes[good], groups=groups)
 
 # %% ../nbs/14_folder.ipynb #c39
 def pack_folder(
@@ -368,16 +364,12 @@ def load_folder(
     if found is None:
         found = _decode_folder(paths, root, size, background=background, skip_broken=skip_broken)
         write_cache(path, source, **found)
-    good = found["good"].tolist()
     labels = torch.tensor(labels)[found["good"]]
     missing = [name for i, name in enumerate(classes) if i not in labels]
     if missing:
         raise ValueError(f"{root}: no picture of class {missing[0]} can be decoded: remove or fill it")
     hashes = [bytes(row) for row in found["hashes"].tolist()]
-    groups = torch.arange(len(good))
-    if len(good) <= MAX_COMPARED:
-        groups = near_duplicate_groups(found["images"])
-    names = [paths[i].relative_to(root).as_posix() for i in good]
-    held_out = hold_out(hashes, labels, groups)
+    names = [paths[i].relative_to(root).as_posix() for i in found["good"].tolist()]
+    held_out = hold_out(hashes, labels, found["groups"])
     return PictureFolder(images=found["images"], labels=labels, classes=classes, held_out=held_out,
-                         paths=names, groups=groups)
+                         paths=names, groups=found["groups"])

@@ -6,13 +6,13 @@
 __all__ = ['WEIGHTS_FILE', 'parse_repo', 'fetch_weights', 'read_header', 'find_scores', 'model_card', 'push_to_hub']
 
 # %% ../nbs/19_hub.ipynb #c03
-import hashlib, json, os, re, shutil, tempfile
+import json, math, os, re, shutil, tempfile
 from configparser import ConfigParser
 from contextlib import contextmanager
 from pathlib import Path
 
 import tinycats
-from .util import find_path, project_root, read_json, require_extra, resources_folder
+from .util import file_sha256, read_json, require_extra, resources_folder, run_folder
 
 # %% ../nbs/19_hub.ipynb #c06
 WEIGHTS_FILE = "ema.safetensors" # its name in a repository, as in a run folder
@@ -85,17 +85,11 @@ def read_header(
         with safe_open(path, "np") as f:
             header = {name: json.loads(text) for name, text in (f.metadata() or {}).items()}
             sizes = [f.get_slice(name).get_shape() for name in f.keys()]
-        header["parameters"] = sum(_product(shape) for shape in sizes)
+        header["parameters"] = sum(map(math.prod, sizes))
         return header | dict(config=dict(header["config"]), classes=list(header["classes"]))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
         reason = f"{type(e).__name__}: {e}".partition("\n")[0]
         raise ValueError(f"{path} holds no TinyDiT ({reason}): name a run with {WEIGHTS_FILE}") from None
-
-def _product(shape):
-    total = 1
-    for n in shape:
-        total *= n
-    return total
 
 def find_scores(
     folder:Path, # a run folder
@@ -185,10 +179,10 @@ def model_card(
     repo:str, # user/name
 ) -> str: # Markdown
     "The card of a run, from its files; what they do not say is not measured."
-    folder = _run_folder(run)
+    folder = run_folder(run)
     header = read_header(folder/WEIGHTS_FILE)
     config = read_json(folder/"config.json") if (folder/"config.json").is_file() else {}
-    evaluations = find_scores(folder, hashlib.sha256((folder/WEIGHTS_FILE).read_bytes()).hexdigest())
+    evaluations = find_scores(folder, file_sha256(folder/WEIGHTS_FILE))
     data, licence, tag = _DATA.get(header.get("metadata", {}).get("data") or config.get("data"), _OTHER_DATA)
     lines = [*_head(repo, folder, header, tag), "## Data and licence\n", data,
              f"Licence of the data: {licence}. Classes: {', '.join(header['classes'])}.\n", "## Scores\n"]
@@ -207,10 +201,6 @@ def model_card(
     lines += [f"| {name} | {config.get(name, 'not stated')} |" for name in _RECIPE]
     return "\n".join(lines) + "\n"
 
-def _run_folder(run):
-    "The folder of a run, as `tinycats.runs.run_folder` finds it."
-    return project_root()/"outputs"/run if Path(run).name == str(run) else find_path(run)
-
 # %% ../nbs/19_hub.ipynb #c26
 def _gather(folder, run, repo):
     "Copy and write into `folder` what the repository of a run holds."
@@ -224,7 +214,7 @@ def _gather(folder, run, repo):
         shutil.copyfile(run/"samples"/"final.png", folder/"samples.png")
     for network in [*run.glob("*.onnx"), *run.glob("page/network-*.onnx")][:1]:
         shutil.copyfile(network, folder/"network.onnx")
-    for name in find_scores(run, hashlib.sha256((run/WEIGHTS_FILE).read_bytes()).hexdigest()):
+    for name in find_scores(run, file_sha256(run/WEIGHTS_FILE)):
         (folder/"evaluation"/name).mkdir(parents=True)
         for file in ("scores.json", "generation_metadata.json"):
             shutil.copyfile(run/"evaluation"/name/file, folder/"evaluation"/name/file)
@@ -240,7 +230,7 @@ def push_to_hub(
     from huggingface_hub import HfApi
     if parse_repo(repo) != (repo, None):
         raise ValueError(f"{repo!r} is no name of a repository: write user/name")
-    folder = _run_folder(run)
+    folder = run_folder(run)
     read_header(folder/WEIGHTS_FILE) # nothing is made on the Hub for a run without a network
     api = HfApi(library_name="tinycats", library_version=tinycats.__version__)
     with tempfile.TemporaryDirectory() as gathered, _one_line_errors(repo):

@@ -6,7 +6,7 @@
 __all__ = ['log', 'TIMEOUT_S', 'MAX_RESTARTS', 'ThreadTuner', 'make_tuner', 'tuned_threads', 'RankError', 'RankLeft', 'Ranks',
            'join_ranks', 'check_processes', 'launch', 'train_in_processes']
 
-# %% ../nbs/17_parallel.ipynb #c02
+# %% ../nbs/17_parallel.ipynb #c03
 import contextlib, json, logging, multiprocessing, os, pickle
 import signal, subprocess, sys, tempfile, threading, time
 from datetime import timedelta
@@ -15,11 +15,11 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-from .util import append_line, atomic_write, catch_signals
+from .util import append_line, atomic_write, catch_signals, first_line
 
 log = logging.getLogger("tinycats")
 
-# %% ../nbs/17_parallel.ipynb #c05
+# %% ../nbs/17_parallel.ipynb #c06
 class ThreadTuner:
     "Choose the number of CPU threads by the duration of real steps, and anew when steps become slow."
     trial_steps = 4 # for each number of threads; the first is not counted
@@ -81,7 +81,7 @@ class ThreadTuner:
         self.usual_s = min(now, self.usual_s or now)
         return now > self.slow*self.usual_s
 
-# %% ../nbs/17_parallel.ipynb #c10
+# %% ../nbs/17_parallel.ipynb #c11
 def make_tuner(
     device:torch.device, # where the network lives
     threads:int|None=None, # use so many; None: measure, unless OMP_NUM_THREADS says how many
@@ -109,7 +109,7 @@ def tuned_threads(
     finally:
         torch.set_num_threads(before)
 
-# %% ../nbs/17_parallel.ipynb #c13
+# %% ../nbs/17_parallel.ipynb #c14
 TIMEOUT_S = 1800. # a process that does not answer for so long is taken for hanging
 
 class RankError(RuntimeError):
@@ -118,10 +118,7 @@ class RankError(RuntimeError):
 class RankLeft(Exception):
     "Another process has ended the run, and says why itself."
 
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-# %% ../nbs/17_parallel.ipynb #c14
+# %% ../nbs/17_parallel.ipynb #c15
 class Ranks:
     "The processes that share a run: which of them this is, and what they do together."
     def __init__(self,
@@ -214,12 +211,12 @@ class Ranks:
                     dist.destroy_process_group()
             raise
 
-# %% ../nbs/17_parallel.ipynb #c15
+# %% ../nbs/17_parallel.ipynb #c16
 def _note_error(ranks, error):
     "Leave word why this process ends, unless it is because of another."
     if not isinstance(error, (RankError, RankLeft)):
         with contextlib.suppress(RuntimeError): # where the store has ended, so have the others
-            ranks.store.set("left", f"rank {ranks.rank}: {type(error).__name__}: {_first_line(error)}")
+            ranks.store.set("left", f"rank {ranks.rank}: {type(error).__name__}: {first_line(error)}")
 
 def _find_cause(ranks, seconds, error):
     "Why a collective failed: a RankLeft, or a RankError that names the process that was not there."
@@ -233,9 +230,9 @@ def _find_cause(ranks, seconds, error):
     behind = [str(rank) for rank, count in enumerate(counts) if count < ranks.count]
     if seconds > .9*ranks.timeout_s:
         return RankError(f"rank {', '.join(behind) or '?'} hangs: no answer for {seconds:.0f} s")
-    return RankError(f"rank {ranks.rank} has lost rank {', '.join(behind) or '?'}: {_first_line(error)}")
+    return RankError(f"rank {ranks.rank} has lost rank {', '.join(behind) or '?'}: {first_line(error)}")
 
-# %% ../nbs/17_parallel.ipynb #c21
+# %% ../nbs/17_parallel.ipynb #c22
 _joined = {} # the Ranks of this process, once it has joined
 
 def _connect(timeout_s):
@@ -255,7 +252,7 @@ def _connect(timeout_s):
         if "EADDRINUSE" in str(e) or "address already in use" in str(e):
             remedy = "choose another, as torchrun --master-port does"
             raise RankError(f"port {port} is in use: {remedy}") from None
-        raise RankError(f"no connection to the other processes by {address}:{port}: {_first_line(e)}") from e
+        raise RankError(f"no connection to the other processes by {address}:{port}: {first_line(e)}") from e
     return Ranks(rank, size, store, timeout_s)
 
 def join_ranks(
@@ -269,7 +266,7 @@ def join_ranks(
         _joined["ranks"] = _connect(timeout_s)
     return _joined["ranks"]
 
-# %% ../nbs/17_parallel.ipynb #c22
+# %% ../nbs/17_parallel.ipynb #c23
 def check_processes(
     processes:int, # on this computer
     device:torch.device, # where the network lives
@@ -282,7 +279,7 @@ def check_processes(
         raise ValueError(f"processes={processes}: this computer has {found} GPU{'s'*(found != 1)}, and each "
                          f"process needs one; choose at most {found}")
 
-# %% ../nbs/17_parallel.ipynb #c25
+# %% ../nbs/17_parallel.ipynb #c26
 MAX_RESTARTS = 3
 
 def _end_with_parent():
@@ -299,7 +296,7 @@ def _portable(error):
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return RuntimeError(f"{type(error).__name__}: {_first_line(error)}")
+        return RuntimeError(f"{type(error).__name__}: {first_line(error)}")
     return error.with_traceback(None)
 
 def _load_job(folder):
@@ -307,14 +304,14 @@ def _load_job(folder):
     try:
         return torch.load(folder/"job.pt", mmap=True, weights_only=False, map_location=_own_gpu)
     except AttributeError as e: # a class or function that pickle does not find
-        raise ValueError(f"processes: {_first_line(e)}: what the run needs must be defined in a module, "
+        raise ValueError(f"processes: {first_line(e)}: what the run needs must be defined in a module, "
                          "not in the notebook") from None
 
 def _own_gpu(storage, location):
     "For `torch.load`: from any GPU to that of this process."
     return storage.cuda() if location.startswith("cuda") else storage
 
-# %% ../nbs/17_parallel.ipynb #c26
+# %% ../nbs/17_parallel.ipynb #c27
 def _train_rank(folder, timeout_s):
     "Work of a rank: train, and return the error that ended it, or None; only a RankError is raised."
     _end_with_parent()
@@ -340,9 +337,9 @@ def _describe_failures(failures):
     if failure.exitcode < 0:
         return f"rank {rank} was ended by {failure.signal_name()} ({-failure.exitcode})"
     message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-    return _first_line(message).removeprefix("RankError: ")
+    return first_line(message).removeprefix("RankError: ")
 
-# %% ../nbs/17_parallel.ipynb #c27
+# %% ../nbs/17_parallel.ipynb #c28
 def launch(
     folder:str|Path, # holds job.pt and launch.json; records.jsonl and outcome.pkl are written to it
 ):
@@ -366,7 +363,7 @@ def launch(
         errors = {rank: error for rank, error in results.items() if error and not isinstance(error, RankLeft)}
         rank, error = min(errors.items(), default=(0, None))
         if rank and isinstance(error, Exception):
-            error = RankError(f"rank {rank}: {type(error).__name__}: {_first_line(error)}")
+            error = RankError(f"rank {rank}: {type(error).__name__}: {first_line(error)}")
     except SignalException: # the notebook knows
         return
     except ChildFailedError as e:
@@ -375,7 +372,7 @@ def launch(
                           "from the newest checkpoint")
     atomic_write(folder/"outcome.pkl", pickle.dumps(error))
 
-# %% ../nbs/17_parallel.ipynb #c28
+# %% ../nbs/17_parallel.ipynb #c29
 def _start_launcher(folder, trainer):
     "Write down what the ranks need, and start the launcher."
     job = {"class": type(trainer)}
@@ -384,7 +381,7 @@ def _start_launcher(folder, trainer):
     try:
         torch.save(job, folder/"job.pt")
     except (pickle.PicklingError, AttributeError, TypeError) as e:
-        raise ValueError(f"processes={trainer.config.processes}: {_first_line(e)}; give the trainer "
+        raise ValueError(f"processes={trainer.config.processes}: {first_line(e)}; give the trainer "
                          "functions and classes of a module, not of the notebook") from e
     options = dict(processes=trainer.config.processes, max_restarts=MAX_RESTARTS, timeout_s=TIMEOUT_S,
                    preload=[type(trainer).__module__, "torch._dynamo"]) # what takes long is imported once
@@ -393,7 +390,7 @@ def _start_launcher(folder, trainer):
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen([sys.executable, "-c", code], env=env, start_new_session=True)
 
-# %% ../nbs/17_parallel.ipynb #c29
+# %% ../nbs/17_parallel.ipynb #c30
 def _follow(path, launcher, stop_signals):
     "Yield the records that rank 0 appends to a file while the launcher runs; pass a stop signal on, once."
     position = last = 0
@@ -420,7 +417,7 @@ def _stop(launcher, seconds=90):
     except subprocess.TimeoutExpired:
         launcher.kill()
 
-# %% ../nbs/17_parallel.ipynb #c30
+# %% ../nbs/17_parallel.ipynb #c31
 def train_in_processes(
     trainer, # a `Trainer`, whose `config.processes` says how many; its own weights stay as they are
 ): # a generator of the records of rank 0

@@ -8,7 +8,7 @@ __all__ = ['PositiveInt', 'NonNegativeInt', 'Seed', 'BatchSize', 'SampleCount', 
            'Probability', 'LogitMean', 'LogitStd', 'CfgScale', 'Device', 'Precision', 'DataName', 'Prediction',
            'CompileMode', 'TimeSampling', 'Solver', 'Tracker', 'NETWORK_SIZES', 'NetworkSize', 'RunName',
            'EvaluationName', 'Text', 'ResumeFrom', 'EmaDecays', 'TimeInterval', 'ParameterError', 'describe', 'coerce',
-           'check_params', 'notebook_params', 'read_params', 'TrainConfig', 'Optional']
+           'check_params', 'parameters_cell', 'notebook_params', 'read_params', 'TrainConfig', 'Optional']
 
 # %% ../nbs/10_params.ipynb #c03
 import ast, inspect, json
@@ -301,15 +301,21 @@ def _declarations(source):
         return None
     return {s.target.id: (_resolve(s.annotation), ast.literal_eval(s.value)) for s in statements}
 
-def notebook_params(
-    path, # of a notebook with a cell tagged `parameters`
-) -> dict: # {name: (type, default)}
-    "The parameters a notebook declares, read without running it."
+def parameters_cell(
+    path, # of a notebook
+) -> str: # the source of its cell tagged `parameters`
+    "The cell that declares the parameters of a notebook."
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
     if not tagged:
         raise ParameterError(f"{path} has no cell tagged `parameters`: name a notebook that has one")
-    declared = _declarations(tagged[0])
+    return tagged[0]
+
+def notebook_params(
+    path, # of a notebook with a cell tagged `parameters`
+) -> dict: # {name: (type, default)}
+    "The parameters a notebook declares, read without running it."
+    declared = _declarations(parameters_cell(path))
     if declared is None:
         raise ParameterError(f"{path}: its parameters cell may only hold lines such as steps:PositiveInt = 1")
     return declared

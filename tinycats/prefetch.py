@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['write_images', 'open_images', 'Prefetcher', 'free_memory', 'load_dataset']
 
-# %% ../nbs/16_prefetch.ipynb #c02
-import os, shutil, time
+# %% ../nbs/16_prefetch.ipynb #c03
+import os, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from .data import ImageDataset
+from .util import partial_path, total_memory
 
-# %% ../nbs/16_prefetch.ipynb #c05
+# %% ../nbs/16_prefetch.ipynb #c06
 def write_images(
     path:str|Path, # the target, ending in .npy
     parts, # an iterable of uint8 (k, 3, h, w) tensors, k as you like
@@ -23,7 +24,7 @@ def write_images(
     "Write images into one file that `open_images` can memory-map; atomic."
     import numpy as np
     path, done, array = Path(path), 0, None
-    part_path = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part_path = partial_path(path)
     try:
         for part in parts:
             if part.dtype != torch.uint8 or part.ndim != 4:
@@ -43,7 +44,7 @@ def write_images(
         part_path.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/16_prefetch.ipynb #c06
+# %% ../nbs/16_prefetch.ipynb #c07
 def _check_room(path, nbytes):
     "An OSError in one line if a file of so many bytes does not fit."
     free = shutil.disk_usage(path.parent).free
@@ -51,7 +52,7 @@ def _check_room(path, nbytes):
         needs = f"{path} needs {nbytes/1e9:.1f} GB, and {free/1e9:.1f} GB are free"
         raise OSError(f"{needs}: choose another disk")
 
-# %% ../nbs/16_prefetch.ipynb #c07
+# %% ../nbs/16_prefetch.ipynb #c08
 def open_images(
     path:str|Path, # a file that `write_images` wrote
 ) -> Tensor: # uint8 (n, 3, h, w), read from the disk when it is used; changes are not written back
@@ -65,7 +66,7 @@ def open_images(
         raise ValueError(f"{path} holds {array.dtype} {array.shape}: write uint8 (n, 3, h, w) images")
     return torch.from_numpy(array)
 
-# %% ../nbs/16_prefetch.ipynb #c12
+# %% ../nbs/16_prefetch.ipynb #c13
 class Prefetcher:
     "A data set whose next batches are read, and copied to the device, while the device computes."
     def __init__(self,
@@ -121,7 +122,7 @@ class Prefetcher:
             y = y.pin_memory().to(self.device, non_blocking=True)
             return crops, y, self.stream.record_event()
 
-# %% ../nbs/16_prefetch.ipynb #c20
+# %% ../nbs/16_prefetch.ipynb #c21
 def free_memory(
     device:torch.device, # cpu, cuda or mps
 ) -> int: # bytes
@@ -132,7 +133,7 @@ def free_memory(
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
-        return os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")
+        return total_memory() or sys.maxsize
     lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
     return 1024*int(lines["MemAvailable"].split()[0])
 

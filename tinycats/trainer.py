@@ -8,7 +8,7 @@ __all__ = ['log', 'MAX_WEIGHT', 'cosine_lr', 'can_compile', 'run_metadata', 'ste
            'DiskFullGuard', 'cpu_copy', 'AsyncCheckpointer', 'RunningMeans', 'RunRecords', 'TrainState', 'Trainer',
            'print_progress']
 
-# %% ../nbs/05_trainer.ipynb #c02
+# %% ../nbs/05_trainer.ipynb #c03
 import contextlib, json, logging, math, os
 import platform, shutil, signal, subprocess, sysconfig, threading, time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,11 +26,11 @@ from .ema import EMA
 from .flow import drop_labels, flow_loss, logit_normal_times, uniform_times
 from .parallel import RankError, check_processes, join_ranks, train_in_processes, tuned_threads
 from .params import TrainConfig
-from .util import append_line, atomic_write, catch_signals, format_duration, read_json
+from .util import append_line, atomic_write, catch_signals, first_line, format_duration, read_json
 
 log = logging.getLogger("tinycats")
 
-# %% ../nbs/05_trainer.ipynb #c05
+# %% ../nbs/05_trainer.ipynb #c06
 def cosine_lr(
     step:int, # the step about to be taken, from 0
     steps:int, # length of the whole run
@@ -44,7 +44,7 @@ def cosine_lr(
     progress = (step - warmup_steps)/max(1, steps - 1 - warmup_steps)
     return lr_min + (lr - lr_min)*(1 + math.cos(math.pi*min(1, progress)))/2
 
-# %% ../nbs/05_trainer.ipynb #c09
+# %% ../nbs/05_trainer.ipynb #c10
 def _missing_for_compile(device):
     "What `torch.compile` needs on a device and does not find."
     on_gpu = device.type == "cuda"
@@ -67,7 +67,7 @@ def can_compile(
         log.warning("the network is not compiled and trains more slowly: install %s", ", ".join(missing))
     return not missing
 
-# %% ../nbs/05_trainer.ipynb #c12
+# %% ../nbs/05_trainer.ipynb #c13
 def _git(command):
     "The output of a git command in the folder of this package."
     command, folder = ["git", *command.split()], Path(tinycats.__file__).parent
@@ -81,7 +81,7 @@ def _git_revision():
     except (OSError, subprocess.TimeoutExpired):
         return None
 
-# %% ../nbs/05_trainer.ipynb #c13
+# %% ../nbs/05_trainer.ipynb #c14
 def run_metadata(
     model:nn.Module, # the network
 ) -> dict: # parameters, git_revision, device, versions
@@ -94,7 +94,7 @@ def run_metadata(
     parameters = sum(p.numel() for p in model.parameters())
     return dict(parameters=parameters, git_revision=_git_revision(), device=name, versions=versions)
 
-# %% ../nbs/05_trainer.ipynb #c15
+# %% ../nbs/05_trainer.ipynb #c16
 def step_seed(
     seed:int, # the run's seed
     step:int, # the step
@@ -102,7 +102,7 @@ def step_seed(
     "One seed for each (seed, step)."
     return stream_seed(seed, step)
 
-# %% ../nbs/05_trainer.ipynb #c18
+# %% ../nbs/05_trainer.ipynb #c19
 def accumulate_grads(
     model, # (xt, t, y, ...) -> predicted clean images
     batch:tuple, # x1, y, x0, t of the whole batch, and what else the model is conditioned on
@@ -123,7 +123,7 @@ def accumulate_grads(
         losses.append(loss.detach())
     return torch.cat(losses)
 
-# %% ../nbs/05_trainer.ipynb #c20
+# %% ../nbs/05_trainer.ipynb #c21
 def accumulate_grads_with_oom_retry(
     model, # as in `accumulate_grads`
     batch:tuple, # as in `accumulate_grads`
@@ -142,7 +142,7 @@ def accumulate_grads_with_oom_retry(
         remedy = "choose a smaller network, larger patches or a larger device"
         raise torch.OutOfMemoryError(f"out of memory with micro_batch 1: {remedy}") from None
 
-# %% ../nbs/05_trainer.ipynb #c27
+# %% ../nbs/05_trainer.ipynb #c28
 class _AnyPid(int):
     "A process id that is unequal to none."
     def __ne__(self, other):
@@ -174,7 +174,7 @@ def _outlive_parent():
         for poller, pid in pollers.items():
             poller.parent_pid = pid
 
-# %% ../nbs/05_trainer.ipynb #c28
+# %% ../nbs/05_trainer.ipynb #c29
 def _interrupt_if_repeated(caught):
     if len(caught) > 1 and caught[-1] == signal.SIGINT:
         raise KeyboardInterrupt
@@ -205,7 +205,7 @@ def abort_when_stopped(
     finally:
         hook.remove()
 
-# %% ../nbs/05_trainer.ipynb #c33
+# %% ../nbs/05_trainer.ipynb #c34
 class DiskFullGuard:
     "Call functions that write files; where a full disk is tolerated, warn once and go on."
     def __init__(self,
@@ -224,7 +224,7 @@ class DiskFullGuard:
                 log.warning("%s. Going on without it", e)
             self.warned = True
 
-# %% ../nbs/05_trainer.ipynb #c36
+# %% ../nbs/05_trainer.ipynb #c37
 def cpu_copy(
     state, # tensors, and dicts, lists and tuples of them
 ): # the same, on the CPU, in memory of its own
@@ -235,7 +235,7 @@ def cpu_copy(
         return {name: cpu_copy(value) for name, value in state.items()}
     return type(state)(map(cpu_copy, state)) if isinstance(state, (list, tuple)) else state
 
-# %% ../nbs/05_trainer.ipynb #c37
+# %% ../nbs/05_trainer.ipynb #c38
 class AsyncCheckpointer:
     "Write checkpoints in a thread of its own, one at a time; a context manager that ends with the thread."
     def __init__(self,
@@ -285,7 +285,7 @@ class AsyncCheckpointer:
         if pending and (pending.result() if last else self.guard(pending.result)):
             self.guard.warned = False
 
-# %% ../nbs/05_trainer.ipynb #c42
+# %% ../nbs/05_trainer.ipynb #c43
 class RunningMeans:
     "Sums over steps, kept on the device: loss and gradient norm, and the loss by tenths of the time t."
     def __init__(self,
@@ -316,7 +316,7 @@ class RunningMeans:
 def _mean(total, n):
     return round(total/n, 6) if n else None
 
-# %% ../nbs/05_trainer.ipynb #c45
+# %% ../nbs/05_trainer.ipynb #c46
 class RunRecords:
     "The file metrics.jsonl of a run, and the clock behind its speeds."
     def __init__(self,
@@ -380,7 +380,7 @@ def _parse_records(path):
             found.append((record["step"], line))
     return found
 
-# %% ../nbs/05_trainer.ipynb #c48
+# %% ../nbs/05_trainer.ipynb #c49
 def _fingerprint(config, model, data):
     "The settings that shape the course of a run: of the training, the data and the network."
     data_settings = dict(num_images=len(data), classes=list(data.classes),
@@ -396,7 +396,7 @@ def _is_same(name, a, b):
         return len(a) == len(b) and all(abs(x - y) <= 1 for x, y in zip(a, b))
     return a == b
 
-# %% ../nbs/05_trainer.ipynb #c49
+# %% ../nbs/05_trainer.ipynb #c50
 def _check_fingerprint(saved, trainer):
     "Refuse to resume with other settings than a run began with."
     current, allow_changes, folder = trainer.fingerprint, trainer.config.allow_changes, trainer.folder
@@ -417,7 +417,7 @@ def _check_fingerprint(saved, trainer):
             remedies.append(f"name {name} in allow_changes")
         raise ValueError(f"{found}: {', '.join(remedies[:-1])} or {remedies[-1]}")
 
-# %% ../nbs/05_trainer.ipynb #c51
+# %% ../nbs/05_trainer.ipynb #c52
 def _shorten_warmup(config):
     "The settings with a warm-up that ends within the run."
     if config.warmup_steps < config.steps:
@@ -433,7 +433,7 @@ def _time_sampler(config):
         return uniform_times
     return partial(logit_normal_times, mean=config.time_mean, std=config.time_std)
 
-# %% ../nbs/05_trainer.ipynb #c52
+# %% ../nbs/05_trainer.ipynb #c53
 MAX_WEIGHT = 1e4 # larger ones mean that the training has failed
 
 def _largest(tensors):
@@ -460,13 +460,13 @@ def _check_finite(state):
             f"no finite gradient in {bad_steps} steps up to {state.step}, lr {lr:.3g}: "
             "these steps have changed nothing; try a lower lr or precision fp32")
 
-# %% ../nbs/05_trainer.ipynb #c53
+# %% ../nbs/05_trainer.ipynb #c54
 def _check_num_classes(model, data):
     if model.num_classes != data.num_classes:
         raise ValueError(f"the model has {model.num_classes} classes and the data {data.num_classes}: "
                          f"build the model with num_classes={data.num_classes}")
 
-# %% ../nbs/05_trainer.ipynb #c55
+# %% ../nbs/05_trainer.ipynb #c56
 def _own_slice(state, batch):
     "The slice of a batch that this process computes, with random numbers of its own for dropout."
     part = state.ranks.slice(len(batch[0]))
@@ -500,7 +500,7 @@ def _compute_gradients(state, batch):
         raise StepAborted
     return ranks.sum_gradients(state.model.parameters(), losses, n)
 
-# %% ../nbs/05_trainer.ipynb #c56
+# %% ../nbs/05_trainer.ipynb #c57
 def _compiled(loss_fn, config, device):
     "The loss, compiled if the settings ask for it; a ValueError where that cannot work."
     setting = config.compile
@@ -605,7 +605,7 @@ class TrainState:
         if state["micro_batch_setting"] == self.config.micro_batch: # a new setting is tried afresh
             self.micro_batch = state["micro_batch"]
 
-# %% ../nbs/05_trainer.ipynb #c60
+# %% ../nbs/05_trainer.ipynb #c61
 def _check_folder(folder):
     "A CheckpointError for a folder in which no run can begin or go on without a loss."
     checkpoints = folder/"checkpoints"
@@ -629,7 +629,7 @@ def _find_checkpoint(resume, folder):
                               "choose another run name, or resume 'auto'")
     return found if found or resume in ("auto", "never") else load_checkpoint(resume)
 
-# %% ../nbs/05_trainer.ipynb #c61
+# %% ../nbs/05_trainer.ipynb #c62
 def _restore(trainer, step, state):
     "Be where a checkpoint was; errors in one line if it is of another run, or of none."
     needed = [*trainer.state_dict(), "train_seconds"]
@@ -642,7 +642,7 @@ def _restore(trainer, step, state):
         trainer.load_state_dict(state)
         trainer.step, trainer.prior_seconds = step, float(state["train_seconds"])
     except (RuntimeError, KeyError, TypeError, AttributeError) as e:
-        reason = (str(e) or type(e).__name__).splitlines()[0]
+        reason = first_line(e)
         raise CheckpointError(f"the checkpoint of step {step} does not fit this network ({reason}): "
                               "choose another run name") from e
 
@@ -659,7 +659,7 @@ def _resume(trainer):
     elif found: # begun from another run's checkpoint: from now on the folder has its own
         trainer.finish()
 
-# %% ../nbs/05_trainer.ipynb #c62
+# %% ../nbs/05_trainer.ipynb #c63
 def _resume_together(trainer):
     "Resume; with several processes all of them begin where rank 0 is."
     ranks = trainer.ranks
@@ -674,7 +674,7 @@ def _resume_together(trainer):
         trainer.step, trainer.prior_seconds = begin[1:]
         trainer.records.start(trainer.step)
 
-# %% ../nbs/05_trainer.ipynb #c63
+# %% ../nbs/05_trainer.ipynb #c64
 def _draw_samples(trainer):
     "Call `on_sample`; a stop signal ends it, and should it fail, the training before it is saved."
     trainer.check_lock()
@@ -689,7 +689,7 @@ def _draw_samples(trainer):
         trainer.finish()
         raise
 
-# %% ../nbs/05_trainer.ipynb #c64
+# %% ../nbs/05_trainer.ipynb #c65
 @contextlib.contextmanager
 def _save_at_end(trainer):
     "Save when the loop inside ends or its caller leaves it; note in config.json how far the run has come."
@@ -727,7 +727,7 @@ def _raise_if_stopped(trainer):
         log.warning(message)
     raise KeyboardInterrupt(message) if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
 
-# %% ../nbs/05_trainer.ipynb #c65
+# %% ../nbs/05_trainer.ipynb #c66
 def _starts_processes(trainer):
     "Whether this process only starts those that train."
     return trainer.ranks.size == 1 and trainer.config.processes > 1
@@ -755,7 +755,7 @@ def _check_replicas(trainer):
         checksum = sum(p.detach().double().abs().sum() for p in trainer.model.parameters())
         trainer.ranks.check_same(dict(step=trainer.step, weights=repr(checksum.item())))
 
-# %% ../nbs/05_trainer.ipynb #c66
+# %% ../nbs/05_trainer.ipynb #c67
 def _tune_threads(trainer):
     "A context manager: the number of threads is chosen by measuring; several processes share the cores."
     threads, ranks = trainer.config.threads, trainer.ranks
@@ -778,7 +778,7 @@ def _note_changes(trainer):
     if before != now and trainer.model.config.get("dropout"):
         log.warning("dropout depends on the number of processes, which was %d and is %d", before, now)
 
-# %% ../nbs/05_trainer.ipynb #c67
+# %% ../nbs/05_trainer.ipynb #c68
 @contextlib.contextmanager
 def _prepared(trainer):
     "Hold the lock, catch signals, and keep a thread for checkpoints; the first of several processes writes."
@@ -795,7 +795,7 @@ def _run_config(trainer):
                     workers=_workers(trainer), train_seconds=round(trainer.train_seconds, 1))
     return settings | run_metadata(trainer.model) | progress
 
-# %% ../nbs/05_trainer.ipynb #c68
+# %% ../nbs/05_trainer.ipynb #c69
 class Trainer(TrainState):
     "Train a flow-matching model in a run folder; `fit()` yields a record every `log_every` steps."
     def __init__(self,
@@ -894,7 +894,7 @@ class Trainer(TrainState):
             self.check_lock()
             atomic_write(self.folder/"config.json", json.dumps(_run_config(self), indent=1) + "\n")
 
-# %% ../nbs/05_trainer.ipynb #c109
+# %% ../nbs/05_trainer.ipynb #c110
 def print_progress(
     records, # from `Trainer.fit`
     steps:int, # length of the run

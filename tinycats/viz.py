@@ -6,7 +6,7 @@
 __all__ = ['image_grid', 'show', 'class_sheet', 'trajectory_grid', 'plot_curves', 'try_plotting', 'plot_series', 'pair_grid',
            'generate', 'save_sheet', 'save_images', 'plot_confusion', 'cfg_grid', 'slerp', 'mix_classes', 'morph']
 
-# %% ../nbs/06_viz.ipynb #c02
+# %% ../nbs/06_viz.ipynb #c03
 import io, json, sys
 from pathlib import Path
 import matplotlib, matplotlib.pyplot as plt
@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from .core import halve_on_oom, to_uint8
 from .flow import class_indices, sample, seeded_noise
+from .util import first_line
 
-# %% ../nbs/06_viz.ipynb #c05
+# %% ../nbs/06_viz.ipynb #c06
 def image_grid(
     images:Tensor, # (n, 3, h, w), uint8, or float in [-1, 1]; values outside are clipped
     columns:int=8, # images in a row
@@ -35,7 +36,7 @@ def image_grid(
     grid = Image.fromarray(canvas.permute(1, 2, 0).numpy())
     return grid.resize((grid.width*scale, grid.height*scale), Image.Resampling.NEAREST)
 
-# %% ../nbs/06_viz.ipynb #c06
+# %% ../nbs/06_viz.ipynb #c07
 def show(
     images:Tensor|Image.Image, # (n, 3, h, w) or (3, h, w), uint8, or float in [-1, 1]; or a finished picture
     columns:int=8, # images in a row
@@ -51,7 +52,7 @@ def show(
     else:
         images.show()
 
-# %% ../nbs/06_viz.ipynb #c10
+# %% ../nbs/06_viz.ipynb #c11
 def _spaced(name):
     return name.replace("_", " ")
 
@@ -83,7 +84,7 @@ def class_sheet(
         pen.text((left - 8, top + height*i + height/2), _spaced(classes[c]), "black", font, anchor="rm")
     return sheet
 
-# %% ../nbs/06_viz.ipynb #c15
+# %% ../nbs/06_viz.ipynb #c16
 def trajectory_grid(
     trajectory:Tensor, # (steps + 1, n, 3, h, w) from `sample` with `return_trajectory`
     columns:int=9, # how many states to show
@@ -93,7 +94,7 @@ def trajectory_grid(
     steps = torch.linspace(0, len(trajectory) - 1, min(columns, len(trajectory))).round().long()
     return image_grid(trajectory[steps].transpose(0, 1).flatten(0, 1), len(steps), scale)
 
-# %% ../nbs/06_viz.ipynb #c19
+# %% ../nbs/06_viz.ipynb #c20
 def plot_curves(
     records:list, # of a run, as in metrics.jsonl
 ) -> plt.Figure:
@@ -122,18 +123,18 @@ def _mean_loss_by_t(records):
         means.append(sum(values)/len(values) if values else float("nan"))
     return means
 
-# %% ../nbs/06_viz.ipynb #c24
+# %% ../nbs/06_viz.ipynb #c25
 def try_plotting():
     "Draw and encode a small picture; a RuntimeError in one line if matplotlib cannot do that here."
     try:
         record = dict(step=1, loss=1., lr=1., loss_by_t=[1.]*10)
         plot_curves([record, record | dict(step=2)]).savefig(io.BytesIO())
     except Exception as e: # LaTeX, fonts, back ends: anything may be missing
-        reason = (str(e) or type(e).__name__).splitlines()[0]
+        reason = first_line(e)
         raise RuntimeError(f"matplotlib cannot draw here ({reason}): mend {matplotlib.matplotlib_fname()}, "
                            "or rename it") from e
 
-# %% ../nbs/06_viz.ipynb #c26
+# %% ../nbs/06_viz.ipynb #c27
 def plot_series(
     x:list, # positions along the horizontal axis
     quantities:dict, # {title: {name of a line: its values}}; None is a gap
@@ -156,7 +157,7 @@ def plot_series(
     plt.close(fig)
     return fig
 
-# %% ../nbs/06_viz.ipynb #c30
+# %% ../nbs/06_viz.ipynb #c31
 def pair_grid(
     left:Tensor, # (n, 3, h, w), uint8, or float in [-1, 1]
     right:Tensor, # (n, 3, h, w), the partner of each
@@ -179,7 +180,7 @@ def pair_grid(
         pen.text((x, y + height - 18), caption, "black", font)
     return sheet
 
-# %% ../nbs/06_viz.ipynb #c34
+# %% ../nbs/06_viz.ipynb #c35
 def generate(
     model, # a TinyDiT
     n:int=8, # images of each class
@@ -211,7 +212,7 @@ def generate(
             callback(len(done), len(y))
     return torch.stack(done), y.cpu()
 
-# %% ../nbs/06_viz.ipynb #c39
+# %% ../nbs/06_viz.ipynb #c40
 def save_sheet(
     trainer, # a `Trainer`
     decay:float, # of the moving average to sample with
@@ -225,7 +226,7 @@ def save_sheet(
     class_sheet(images, labels, trainer.model.classes, per_class=per_class).save(path)
     return path
 
-# %% ../nbs/06_viz.ipynb #c42
+# %% ../nbs/06_viz.ipynb #c43
 def save_images(
     folder:str|Path, # made if it is not there
     images:Tensor, # (n, 3, h, w), uint8, or float in [-1, 1]
@@ -250,7 +251,7 @@ def save_images(
     (folder/file).write_text(json.dumps(metadata, indent=1) + "\n")
     return paths
 
-# %% ../nbs/06_viz.ipynb #c45
+# %% ../nbs/06_viz.ipynb #c46
 def plot_confusion(
     counts:Tensor, # (k, k); row: requested class, column: predicted class
     classes:list, # names of the classes
@@ -272,7 +273,7 @@ def plot_confusion(
     plt.close(fig)
     return fig
 
-# %% ../nbs/06_viz.ipynb #c49
+# %% ../nbs/06_viz.ipynb #c50
 def cfg_grid(
     model, # a TinyDiT
     classes:list=None, # names or indices, a row each; None: all that the model knows
@@ -287,7 +288,7 @@ def cfg_grid(
     columns = {f"cfg {s:g}": sample(model, y, x0=x0, cfg_scale=s, **sampling) for s in scales}
     return class_sheet(columns, y, model.classes, per_class=1, scale=scale)
 
-# %% ../nbs/06_viz.ipynb #c54
+# %% ../nbs/06_viz.ipynb #c55
 def slerp(
     a:Tensor, # (...) noise at share 0
     b:Tensor, # (...) noise at share 1
@@ -300,7 +301,7 @@ def slerp(
         return torch.lerp(a, b, share)
     return (torch.sin((1 - share)*angle)*a + torch.sin(share*angle)*b)/torch.sin(angle)
 
-# %% ../nbs/06_viz.ipynb #c59
+# %% ../nbs/06_viz.ipynb #c60
 def mix_classes(
     model, # a TinyDiT
     a, # class at share 0, by name or index
@@ -318,7 +319,7 @@ def mix_classes(
 
     return predict, torch.arange(len(mixed), device=table.device) + len(table)
 
-# %% ../nbs/06_viz.ipynb #c60
+# %% ../nbs/06_viz.ipynb #c61
 def morph(
     model, # a TinyDiT
     classes:tuple, # (from, to), names or indices; the same twice changes only the noise
