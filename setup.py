@@ -14,7 +14,7 @@ settings = ini["DEFAULT"]
 # What a wheel takes along beside the package: what its commands run, and a trained network to begin with.
 RESOURCES = """settings.ini constraints.txt
                nbs/train.ipynb nbs/evaluate.ipynb nbs/sweep.ipynb nbs/explore.ipynb
-               nbs/params/*.yaml nbs/page/**/*
+               nbs/params/*.yaml nbs/params/*.py nbs/page/**/*
                outputs/toy/config.json outputs/toy/ema.safetensors""".split()
 
 

@@ -158,7 +158,7 @@ def test_it_contains_what_its_commands_run(full, tmp_path):
     assert resources == module.with_name("resources")
     names = {p.relative_to(resources).as_posix() for p in resources.rglob("*") if p.is_file()}
     assert names >= {"settings.ini", "constraints.txt", "nbs/params/full.yaml"}
-    assert names >= {f"nbs/params/{path.name}" for path in ROOT.glob("nbs/params/*.yaml")}
+    assert names >= {f"nbs/params/{path.name}" for path in ROOT.glob("nbs/params/*.*")}
     assert names >= {f"nbs/{page}.ipynb" for page in ("train", "evaluate", "sweep", "explore")}
     assert names >= {"outputs/toy/ema.safetensors", "outputs/toy/config.json"}
     page = {p.relative_to(ROOT).as_posix() for p in ROOT.glob("nbs/page/**/*") if p.is_file()}

@@ -7,12 +7,12 @@ __all__ = ['SOLVERS', 'interpolate', 'x_to_velocity', 'flow_loss', 'uniform_time
            'apply_cfg', 'cfg_forward', 'euler_step', 'heun_step', 'ab2_step', 'ode_steps', 'seeded_noise',
            'class_indices', 'sample', 'rank_bound']
 
-# %% ../nbs/02_flow.ipynb #c02
+# %% ../nbs/02_flow.ipynb #c03
 from functools import partial
 import torch
 from torch import Tensor
 
-# %% ../nbs/02_flow.ipynb #c05
+# %% ../nbs/02_flow.ipynb #c06
 def interpolate(
     x0:Tensor, # (b, 3, h, w) noise, standard normal
     x1:Tensor, # (b, 3, h, w) images in [-1, 1]
@@ -21,7 +21,7 @@ def interpolate(
     "The linear interpolant `(1-t)·x0 + t·x1` (Liu et al. 2022)."
     return torch.lerp(x0, x1, t.view(-1, 1, 1, 1))
 
-# %% ../nbs/02_flow.ipynb #c11
+# %% ../nbs/02_flow.ipynb #c12
 def x_to_velocity(
     x_hat:Tensor, # (b, 3, h, w) predicted clean images
     xt:Tensor, # (b, 3, h, w) noisy images
@@ -31,7 +31,7 @@ def x_to_velocity(
     "The constant velocity that leads from `xt` to `x_hat` at time 1."
     return (x_hat - xt)/(1 - t).clamp(min=min_denom).view(-1, 1, 1, 1)
 
-# %% ../nbs/02_flow.ipynb #c15
+# %% ../nbs/02_flow.ipynb #c16
 def flow_loss(
     model, # (xt, t, y) -> predicted clean images; any function will do
     x1:Tensor, # (b, 3, h, w) images in [-1, 1]
@@ -40,14 +40,17 @@ def flow_loss(
     t:Tensor|None=None, # (b,) times in [0, 1]; None draws logit-normal ones
     *cond, # further conditioning that the model takes, such as `augment`
     min_denom:float=.05, # divide by no less than this
+    extra_loss=None, # (prediction, x1, t) -> (b,) to be added
 ) -> Tensor: # (b,) squared velocity error, averaged over each image, float32
     "Flow-matching loss of a clean-image prediction (Li & He 2025)."
     x0 = torch.randn_like(x1) if x0 is None else x0
     t = logit_normal_times(len(x1), x1.device) if t is None else t
-    error = model(interpolate(x0, x1, t), t, y, *cond).float() - x1.float()
-    return (error/(1 - t.float()).clamp(min=min_denom).view(-1, 1, 1, 1)).square().mean(dim=(1, 2, 3))
+    x_hat, x1 = model(interpolate(x0, x1, t), t, y, *cond).float(), x1.float()
+    weighted = (x_hat - x1)/(1 - t.float()).clamp(min=min_denom).view(-1, 1, 1, 1)
+    loss = weighted.square().mean(dim=(1, 2, 3))
+    return loss if extra_loss is None else loss + extra_loss(x_hat, x1, t)
 
-# %% ../nbs/02_flow.ipynb #c23
+# %% ../nbs/02_flow.ipynb #c26
 def uniform_times(
     n:int, # how many
     device=None,
@@ -64,7 +67,7 @@ def logit_normal_times(
     "Times whose logit is normal: most are near sigmoid(`mean`), few near the ends (Esser et al. 2024)."
     return torch.sigmoid(mean + std*torch.randn(n, device=device))
 
-# %% ../nbs/02_flow.ipynb #c29
+# %% ../nbs/02_flow.ipynb #c32
 def drop_labels(
     y:Tensor, # (b,) class indices
     p:float, # probability of dropping each label
@@ -73,7 +76,7 @@ def drop_labels(
     "Replace each label by the null class with probability `p`."
     return torch.where(torch.rand(len(y), device=y.device) < p, null_class, y)
 
-# %% ../nbs/02_flow.ipynb #c32
+# %% ../nbs/02_flow.ipynb #c35
 def apply_cfg(
     null:Tensor, # predictions without the class
     cond:Tensor, # predictions with it
@@ -82,7 +85,7 @@ def apply_cfg(
     "Classifier-free guidance: extrapolate from `null` through `cond` (Ho & Salimans 2022)."
     return torch.lerp(null, cond, cfg_scale)
 
-# %% ../nbs/02_flow.ipynb #c35
+# %% ../nbs/02_flow.ipynb #c38
 def cfg_forward(
     model, # (xt, t, y) -> predicted clean images
     xt:Tensor, # (n, 3, h, w) noisy images
@@ -101,7 +104,7 @@ def cfg_forward(
     null, cond = model(xt.repeat(2, 1, 1, 1), times.repeat(2), labels).chunk(2)
     return apply_cfg(null, cond, cfg_scale)
 
-# %% ../nbs/02_flow.ipynb #c39
+# %% ../nbs/02_flow.ipynb #c42
 def euler_step(velocity, x, t, t_next, previous=None):
     "One evaluation: follow the velocity at the start of the step. First order."
     v = velocity(x, t)
@@ -121,7 +124,7 @@ def ab2_step(velocity, x, t, t_next, previous=None):
 
 SOLVERS = dict(euler=euler_step, heun=heun_step, ab2=ab2_step)
 
-# %% ../nbs/02_flow.ipynb #c41
+# %% ../nbs/02_flow.ipynb #c44
 @torch.no_grad()
 def ode_steps(
     model, # (xt, t, y) -> predicted clean images
@@ -144,7 +147,7 @@ def ode_steps(
     yield x
     yield predict(x, 1 - 1/num_steps)
 
-# %% ../nbs/02_flow.ipynb #c43
+# %% ../nbs/02_flow.ipynb #c46
 def seeded_noise(
     n:int, # how many images
     size:int, # their side in pixels
@@ -173,7 +176,7 @@ def class_indices(
         raise ValueError(f"classes {y.tolist()}: choose from 0 to {last - 1}, or {last} for the null class")
     return y.to(getattr(model, "device", y.device))
 
-# %% ../nbs/02_flow.ipynb #c44
+# %% ../nbs/02_flow.ipynb #c47
 @torch.no_grad()
 def sample(
     model, # (xt, t, y) -> predicted clean images, such as a TinyDiT
@@ -204,7 +207,7 @@ def sample(
         pass
     return x
 
-# %% ../nbs/02_flow.ipynb #c60
+# %% ../nbs/02_flow.ipynb #c63
 def rank_bound(
     targets:Tensor, # (n, k) n examples of the k numbers to be predicted
     dim:int, # width of the network that predicts them

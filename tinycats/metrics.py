@@ -8,16 +8,16 @@ __all__ = ['SmallConvNet', 'train_classifier', 'confusion_matrix', 'accuracy', '
            'high_frequency', 'high_frequency_ratio', 'loss_by_time', 'distances', 'scores', 'score_table',
            'load_extractor', 'inception', 'feature_extractor']
 
-# %% ../nbs/07_metrics.ipynb #c02
-import hashlib, importlib, importlib.util, math
+# %% ../nbs/07_metrics.ipynb #c03
+import hashlib, math
 from pathlib import Path
 from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .core import to_float, to_uint8
-from .util import find_path
+from .util import call_by_name, find_path, first_line
 
-# %% ../nbs/07_metrics.ipynb #c05
+# %% ../nbs/07_metrics.ipynb #c06
 class SmallConvNet(nn.Module):
     "A small convolutional classifier; images of any size are averaged to 32 x 32."
     def __init__(self,
@@ -47,7 +47,7 @@ class SmallConvNet(nn.Module):
         "The mean of each channel of each layer over the image: (b, 7·width)."
         return torch.cat([layer.mean((2, 3)) for layer in self.activations(x)], 1)
 
-# %% ../nbs/07_metrics.ipynb #c06
+# %% ../nbs/07_metrics.ipynb #c07
 def train_classifier(
     images:Tensor, # (n, 3, h, w) real images in [-1, 1]
     labels:Tensor, # (n,) their classes
@@ -71,7 +71,7 @@ def train_classifier(
             schedule.step()
     return net.eval()
 
-# %% ../nbs/07_metrics.ipynb #c07
+# %% ../nbs/07_metrics.ipynb #c08
 @torch.no_grad()
 def confusion_matrix(
     classifier, # images (b, 3, h, w) -> logits (b, num_classes)
@@ -87,14 +87,14 @@ def _count_pairs(requested, predicted, num_classes):
     pairs = requested*num_classes + predicted
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
-# %% ../nbs/07_metrics.ipynb #c08
+# %% ../nbs/07_metrics.ipynb #c09
 def accuracy(
     counts:Tensor, # (k, k) as from `confusion_matrix`
 ) -> float: # between 0 and 1
     "The share on the diagonal: the predicted class is the requested one."
     return (counts.diagonal().sum()/counts.sum().clamp(min=1)).item()
 
-# %% ../nbs/07_metrics.ipynb #c16
+# %% ../nbs/07_metrics.ipynb #c17
 @torch.no_grad()
 def extract_features(
     net, # uint8 images (b, 3, h, w) -> features (b, d), on `device`
@@ -112,7 +112,7 @@ def extract_features(
             callback(start + len(batch), len(images))
     return torch.cat(done)
 
-# %% ../nbs/07_metrics.ipynb #c21
+# %% ../nbs/07_metrics.ipynb #c22
 def _centred(x):
     return (x - x.mean(0))/(len(x) - 1)**.5
 
@@ -142,7 +142,7 @@ def _check_features(a, b, least):
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("features that are not finite: look at the images and the network they come from")
 
-# %% ../nbs/07_metrics.ipynb #c27
+# %% ../nbs/07_metrics.ipynb #c28
 def class_matched(
     labels:Tensor, # (n,) classes of the images to choose from
     like:Tensor, # (m,) class labels: as many of each are wanted
@@ -153,7 +153,7 @@ def class_matched(
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     return torch.cat([order[labels[order] == c][:n] for c, n in enumerate(like.bincount().tolist())])
 
-# %% ../nbs/07_metrics.ipynb #c30
+# %% ../nbs/07_metrics.ipynb #c31
 def _polynomial_kernel(x, y):
     return (x.double() @ y.double().T/x.shape[1] + 1)**3
 
@@ -182,7 +182,7 @@ def kid(
     values = torch.stack(values)
     return values.mean().item(), values.std(correction=0).item()
 
-# %% ../nbs/07_metrics.ipynb #c38
+# %% ../nbs/07_metrics.ipynb #c39
 def _knn_radius(x, k):
     "The distance of each point to its k-th nearest neighbour, itself left out."
     return torch.cdist(x, x).fill_diagonal_(math.inf).kthvalue(k).values
@@ -202,7 +202,7 @@ def precision_recall(
     in_generated = (distance <= _knn_radius(generated, k)).any(1)
     return in_real.double().mean().item(), in_generated.double().mean().item()
 
-# %% ../nbs/07_metrics.ipynb #c43
+# %% ../nbs/07_metrics.ipynb #c44
 def linear_probe(
     features:Tensor, # (n, d) features of real images
     labels:Tensor, # (n,) their classes
@@ -231,7 +231,7 @@ def _leave_one_out(u, s, target, ridge):
     error = centred - (u*shrink) @ (u.T @ centred)
     return target - error/(1 - 1/len(u) - (u**2*shrink).sum(1, keepdim=True))
 
-# %% ../nbs/07_metrics.ipynb #c49
+# %% ../nbs/07_metrics.ipynb #c50
 def thumbnail_features(
     images:Tensor, # (n, 3, h, w), uint8, or float in [-1, 1]
     side:int=12, # of the thumbnail in pixels
@@ -241,7 +241,7 @@ def thumbnail_features(
     small = torch.cat([F.interpolate(to_float(batch), (side, side), mode="area") for batch in batches])
     return F.normalize((small - small.mean((2, 3), keepdim=True)).flatten(1))
 
-# %% ../nbs/07_metrics.ipynb #c50
+# %% ../nbs/07_metrics.ipynb #c51
 def _nine_crops(images, crop):
     "Crops whose sides are the share `crop` of the image's, at three heights and three widths."
     height, width = images.shape[-2:]
@@ -266,7 +266,7 @@ def nearest(
     similarity, index = (torch.cat(x) for x in zip(*best))
     return (2 - 2*similarity).clamp(min=0).sqrt(), index
 
-# %% ../nbs/07_metrics.ipynb #c52
+# %% ../nbs/07_metrics.ipynb #c53
 def detect_copies(
     images:Tensor, # (n, 3, h, w) generated
     heldout:Tensor, # (k, 3, h, w) real images the network never saw
@@ -280,7 +280,7 @@ def detect_copies(
     rate, rate_heldout = ((d < limit).double().mean().item() for d in (distance, reference))
     return dict(rate=rate, rate_heldout=rate_heldout, limit=limit, distance=distance, nearest=index)
 
-# %% ../nbs/07_metrics.ipynb #c57
+# %% ../nbs/07_metrics.ipynb #c58
 def high_frequency(
     images:Tensor, # (n, 3, h, w), uint8, or float in [-1, 1]
     band:float=.25, # cycles per pixel above which frequencies count; 0.5 is the highest along an axis
@@ -295,7 +295,7 @@ def high_frequency(
     spectrum = torch.fft.fft2((grey - grey.mean((1, 2), keepdim=True))*window, norm="ortho")
     return ((spectrum.abs().square()*fine).sum((1, 2))/window.square().sum()).sqrt()
 
-# %% ../nbs/07_metrics.ipynb #c58
+# %% ../nbs/07_metrics.ipynb #c59
 def high_frequency_ratio(
     images:Tensor, # (n, 3, h, w)
     real:Tensor, # (m, 3, h, w), of the same size in pixels
@@ -303,7 +303,7 @@ def high_frequency_ratio(
     "High-frequency energy relative to real images."
     return (high_frequency(images).mean()/high_frequency(real).mean()).item()
 
-# %% ../nbs/07_metrics.ipynb #c63
+# %% ../nbs/07_metrics.ipynb #c64
 @torch.no_grad()
 def loss_by_time(
     loss, # (model, x1, y, x0=, t=) -> (b,) losses, such as tinycats.flow.flow_loss
@@ -326,7 +326,7 @@ def loss_by_time(
             total[i] += loss(model, x1, y, x0=x0, t=t).sum().cpu().double()
     return (total/len(images)).tolist()
 
-# %% ../nbs/07_metrics.ipynb #c70
+# %% ../nbs/07_metrics.ipynb #c71
 def distances(
     features:dict, # features (n, d) of three sets: generated, heldout, training
     labels:dict, # classes (n,) by the same names
@@ -348,7 +348,7 @@ def distances(
     gap = (found["fd"] - found["fd_reference"]) - (found["fd_train"] - found["fd_train_reference"])
     return found | dict(fd_gap=gap)
 
-# %% ../nbs/07_metrics.ipynb #c72
+# %% ../nbs/07_metrics.ipynb #c73
 _NEED_ALL_CLASSES = (
     "fd", "fd_reference", "fd_train", "fd_train_reference", "fd_gap",
     "kid", "kid_reference", "kid_train", "kid_train_reference",
@@ -369,7 +369,7 @@ def _precision_recall_at_equal_n(features, labels, seed):
         found[f"precision{suffix}"], found[f"recall{suffix}"] = both
     return found
 
-# %% ../nbs/07_metrics.ipynb #c73
+# %% ../nbs/07_metrics.ipynb #c74
 def scores(
     generated:Tensor, # (n, 3, h, w), uint8, or float in [-1, 1]
     labels:Tensor, # (n,) requested classes
@@ -410,7 +410,7 @@ def scores(
     confusion = _count_pairs(labels, predicted, num_classes)
     return found, dict(features=features, labels=targets, confusion=confusion, copies=copies)
 
-# %% ../nbs/07_metrics.ipynb #c82
+# %% ../nbs/07_metrics.ipynb #c83
 class _Row(NamedTuple):
     "One score in a table."
     title: str
@@ -450,35 +450,15 @@ def score_table(
             lines.append(f"| {row.title} | {' | '.join(cells)} | {row.good} |")
     return "\n".join(lines)
 
-# %% ../nbs/07_metrics.ipynb #c86
-def _first_line(error):
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0] or 'no reason given'}"
-
-def _load_module(place):
-    "Import a module by its name or from a .py file."
-    if not place.endswith(".py"):
-        return importlib.import_module(place)
-    spec = importlib.util.spec_from_file_location(Path(place).stem, find_path(place))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+# %% ../nbs/07_metrics.ipynb #c87
 def load_extractor(
     name:str, # file.py:function or module:function
     argument:str=None, # passed to the function, such as a file of weights; None: nothing
 ): # what the function returns: uint8 images (b, 3, h, w) -> features (b, d)
     "A feature extractor from a function in a file or module."
-    place, _, function = name.rpartition(":")
-    arguments = [] if argument is None else [str(find_path(argument))]
-    try:
-        if not place:
-            raise ValueError("there is no colon in it")
-        return getattr(_load_module(place), function)(*arguments)
-    except Exception as e:
-        remedy = "give file.py:function or module:function that returns a network"
-        raise ValueError(f"features={name!r}: {_first_line(e)}; {remedy}") from e
+    return call_by_name("features", name, *([] if argument is None else [str(find_path(argument))]))
 
-# %% ../nbs/07_metrics.ipynb #c89
+# %% ../nbs/07_metrics.ipynb #c90
 def inception(
     device="cpu", # where it should live
 ): # uint8 images (b, 3, h, w) -> features (b, 2048)
@@ -494,7 +474,7 @@ def inception(
         problem = "the weights of Inception (91 MB, downloaded once) are not available"
         raise RuntimeError(f"no FID: {problem}: {reason}; try again with a network connection") from e
 
-# %% ../nbs/07_metrics.ipynb #c90
+# %% ../nbs/07_metrics.ipynb #c91
 def feature_extractor(
     name:str, # "classes": a small classifier trained now; "inception"; or as for `load_extractor`
     argument:str=None, # passed to that function
@@ -517,7 +497,7 @@ def feature_extractor(
     try:
         trial = extract_features(cached, torch.zeros(2, 3, 32, 32, dtype=torch.uint8), device=device)
     except Exception as e:
-        raise ValueError(f"features={name!r}: {_first_line(e)}") from e
+        raise ValueError(f"features={name!r}: {type(e).__name__}: {first_line(e)}") from e
     if not trial.isfinite().all():
         raise ValueError(f"features={name!r}: features are not finite; look at the network they come from")
     return cached

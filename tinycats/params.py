@@ -349,6 +349,7 @@ class TrainConfig(BaseModel):
     grad_clip:Optional[PositiveFloat] = 1.0 # largest norm of the gradient; None: no clipping
     ema_decay:EmaDecays = [.9999] # one moving average of the weights for each decay
     class_dropout_prob:Fraction = .1 # probability that a label is replaced by the null class
+    extra_loss:Optional[Text] = None # file.py:function whose result is added to the loss
     time_sampling:TimeSampling = "logit_normal" # distribution of the training times
     time_mean:LogitMean = -.8 # of the logit of the times: lower is more noise
     time_std:LogitStd = .8 # of the logit of the times
@@ -388,5 +389,5 @@ class TrainConfig(BaseModel):
     def fingerprint(self) -> dict: # {name: value}
         "The settings that must match for a run to resume."
         names = """steps batch_size lr lr_min weight_decay warmup_steps grad_clip class_dropout_prob seed
-            ema_decay ema_every time_sampling time_mean time_std"""
+            ema_decay ema_every time_sampling time_mean time_std extra_loss"""
         return {name: getattr(self, name) for name in names.split()}

@@ -26,7 +26,8 @@ from .ema import EMA
 from .flow import drop_labels, flow_loss, logit_normal_times, uniform_times
 from .parallel import RankError, check_processes, join_ranks, train_in_processes, tuned_threads
 from .params import TrainConfig
-from .util import append_line, atomic_write, catch_signals, first_line, format_duration, read_json
+from .util import (
+    append_line, atomic_write, call_by_name, catch_signals, first_line, format_duration, read_json)
 
 log = logging.getLogger("tinycats")
 
@@ -500,7 +501,25 @@ def _compute_gradients(state, batch):
         raise StepAborted
     return ranks.sum_gradients(state.model.parameters(), losses, n)
 
-# %% ../nbs/05_trainer.ipynb #c57
+# %% ../nbs/05_trainer.ipynb #c58
+def _extra_loss(config, model, device):
+    "The additional term of the loss, tried once; None without one; a ValueError in one line if it fails."
+    name = config.extra_loss
+    if name is None:
+        return None
+    extra_loss = call_by_name("extra_loss", name, returns="a function (prediction, image, t) -> losses")
+    if isinstance(extra_loss, nn.Module):
+        extra_loss = extra_loss.to(device).eval().requires_grad_(False)
+    images = torch.zeros(2, 3, model.image_size, model.image_size, device=device)
+    try:
+        shape = tuple(extra_loss(images, images, torch.tensor([.2, .8], device=device)).shape)
+    except Exception as e:
+        raise ValueError(f"extra_loss={name!r}: {type(e).__name__}: {first_line(e)}") from e
+    if shape != (2,):
+        raise ValueError(f"extra_loss={name!r}: of two images it returns the shape {shape}; return (2,)")
+    return extra_loss
+
+# %% ../nbs/05_trainer.ipynb #c59
 def _compiled(loss_fn, config, device):
     "The loss, compiled if the settings ask for it; a ValueError where that cannot work."
     setting = config.compile
@@ -524,7 +543,8 @@ class TrainState:
         self.device, self.ranks = next(model.parameters()).device, join_ranks()
         check_processes(max(config.processes, int(os.environ.get("LOCAL_WORLD_SIZE", 1))), self.device)
         self.dtype = pick_dtype(config.precision, self.device)
-        self.loss_fn = _compiled(flow_loss, config, self.device)
+        loss_fn = partial(flow_loss, extra_loss=_extra_loss(config, model, self.device))
+        self.loss_fn = _compiled(loss_fn, config, self.device)
         self.time_sampler = _time_sampler(config)
         self.ema = EMA(model, tuple(config.ema_decay), config.ema_every)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(.9, .95),
@@ -605,7 +625,7 @@ class TrainState:
         if state["micro_batch_setting"] == self.config.micro_batch: # a new setting is tried afresh
             self.micro_batch = state["micro_batch"]
 
-# %% ../nbs/05_trainer.ipynb #c61
+# %% ../nbs/05_trainer.ipynb #c63
 def _check_folder(folder):
     "A CheckpointError for a folder in which no run can begin or go on without a loss."
     checkpoints = folder/"checkpoints"
@@ -629,7 +649,7 @@ def _find_checkpoint(resume, folder):
                               "choose another run name, or resume 'auto'")
     return found if found or resume in ("auto", "never") else load_checkpoint(resume)
 
-# %% ../nbs/05_trainer.ipynb #c62
+# %% ../nbs/05_trainer.ipynb #c64
 def _restore(trainer, step, state):
     "Be where a checkpoint was; errors in one line if it is of another run, or of none."
     needed = [*trainer.state_dict(), "train_seconds"]
@@ -659,7 +679,7 @@ def _resume(trainer):
     elif found: # begun from another run's checkpoint: from now on the folder has its own
         trainer.finish()
 
-# %% ../nbs/05_trainer.ipynb #c63
+# %% ../nbs/05_trainer.ipynb #c65
 def _resume_together(trainer):
     "Resume; with several processes all of them begin where rank 0 is."
     ranks = trainer.ranks
@@ -674,7 +694,7 @@ def _resume_together(trainer):
         trainer.step, trainer.prior_seconds = begin[1:]
         trainer.records.start(trainer.step)
 
-# %% ../nbs/05_trainer.ipynb #c64
+# %% ../nbs/05_trainer.ipynb #c66
 def _draw_samples(trainer):
     "Call `on_sample`; a stop signal ends it, and should it fail, the training before it is saved."
     trainer.check_lock()
@@ -689,7 +709,7 @@ def _draw_samples(trainer):
         trainer.finish()
         raise
 
-# %% ../nbs/05_trainer.ipynb #c65
+# %% ../nbs/05_trainer.ipynb #c67
 @contextlib.contextmanager
 def _save_at_end(trainer):
     "Save when the loop inside ends or its caller leaves it; note in config.json how far the run has come."
@@ -727,7 +747,7 @@ def _raise_if_stopped(trainer):
         log.warning(message)
     raise KeyboardInterrupt(message) if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
 
-# %% ../nbs/05_trainer.ipynb #c66
+# %% ../nbs/05_trainer.ipynb #c68
 def _starts_processes(trainer):
     "Whether this process only starts those that train."
     return trainer.ranks.size == 1 and trainer.config.processes > 1
@@ -755,7 +775,7 @@ def _check_replicas(trainer):
         checksum = sum(p.detach().double().abs().sum() for p in trainer.model.parameters())
         trainer.ranks.check_same(dict(step=trainer.step, weights=repr(checksum.item())))
 
-# %% ../nbs/05_trainer.ipynb #c67
+# %% ../nbs/05_trainer.ipynb #c69
 def _tune_threads(trainer):
     "A context manager: the number of threads is chosen by measuring; several processes share the cores."
     threads, ranks = trainer.config.threads, trainer.ranks
@@ -778,7 +798,7 @@ def _note_changes(trainer):
     if before != now and trainer.model.config.get("dropout"):
         log.warning("dropout depends on the number of processes, which was %d and is %d", before, now)
 
-# %% ../nbs/05_trainer.ipynb #c68
+# %% ../nbs/05_trainer.ipynb #c70
 @contextlib.contextmanager
 def _prepared(trainer):
     "Hold the lock, catch signals, and keep a thread for checkpoints; the first of several processes writes."
@@ -795,7 +815,7 @@ def _run_config(trainer):
                     workers=_workers(trainer), train_seconds=round(trainer.train_seconds, 1))
     return settings | run_metadata(trainer.model) | progress
 
-# %% ../nbs/05_trainer.ipynb #c69
+# %% ../nbs/05_trainer.ipynb #c71
 class Trainer(TrainState):
     "Train a flow-matching model in a run folder; `fit()` yields a record every `log_every` steps."
     def __init__(self,
@@ -894,7 +914,7 @@ class Trainer(TrainState):
             self.check_lock()
             atomic_write(self.folder/"config.json", json.dumps(_run_config(self), indent=1) + "\n")
 
-# %% ../nbs/05_trainer.ipynb #c110
+# %% ../nbs/05_trainer.ipynb #c112
 def print_progress(
     records, # from `Trainer.fit`
     steps:int, # length of the run

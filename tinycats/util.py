@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['is_project', 'project_root', 'resources_folder', 'find_path', 'run_folder', 'file_sha256', 'total_memory',
-           'first_line', 'MissingExtra', 'require_extra', 'partial_path', 'remove_partials', 'atomic_write',
-           'append_line', 'read_json', 'catch_signals', 'format_duration', 'progress_callback', 'train_flops']
+           'first_line', 'call_by_name', 'MissingExtra', 'require_extra', 'partial_path', 'remove_partials',
+           'atomic_write', 'append_line', 'read_json', 'catch_signals', 'format_duration', 'progress_callback',
+           'train_flops']
 
 # %% ../nbs/a1_util.ipynb #c03
-import hashlib, json, os, re, signal, threading, time, uuid
+import hashlib, importlib, importlib.util, json, os, re, signal, threading, time, uuid
 from contextlib import contextmanager
 from errno import EINVAL, ENOSPC, ENOTSUP
-from importlib.util import find_spec
 from pathlib import Path
 
 # %% ../nbs/a1_util.ipynb #c06
@@ -78,6 +78,33 @@ def first_line(
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 # %% ../nbs/a1_util.ipynb #c18
+def _load_module(place):
+    "Import a module by its name or from a .py file."
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    spec = importlib.util.spec_from_file_location(Path(place).stem, find_path(place))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def call_by_name(
+    parameter:str, # the parameter that names the function; the error begins with it
+    name:str, # file.py:function or module:function
+    *args, # for the function
+    returns:str="a network", # what the function should return, for the error
+): # what the function returns
+    "Call a function of a file or module; a ValueError in one line if that fails."
+    place, _, function = name.rpartition(":")
+    try:
+        if not place:
+            raise ValueError("there is no colon in it")
+        return getattr(_load_module(place), function)(*args)
+    except Exception as e:
+        problem = f"{type(e).__name__}: {first_line(e)}"
+        remedy = f"give file.py:function or module:function that returns {returns}"
+        raise ValueError(f"{parameter}={name!r}: {problem}; {remedy}") from e
+
+# %% ../nbs/a1_util.ipynb #c21
 class MissingExtra(ImportError):
     "A package that comes with an extra is not installed; notebooks show it as one line."
     def _render_traceback_(self):
@@ -88,12 +115,12 @@ def require_extra(
     *packages:str, # the modules to be imported
 ):
     "A MissingExtra if a package of an extra is not installed."
-    missing = [name for name in packages if not find_spec(name)]
+    missing = [name for name in packages if not importlib.util.find_spec(name)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise MissingExtra(f"{', '.join(missing)} {verb} not installed: pip install 'tinycats[{extra}]'")
 
-# %% ../nbs/a1_util.ipynb #c21
+# %% ../nbs/a1_util.ipynb #c24
 def _sync_folder(folder):
     "Flush a folder's entries to disk, where the system can."
     try:
@@ -108,7 +135,7 @@ def _sync_folder(folder):
     finally:
         os.close(fd)
 
-# %% ../nbs/a1_util.ipynb #c22
+# %% ../nbs/a1_util.ipynb #c25
 def _remedy(error):
     "What to do about an OSError of a write."
     if isinstance(error, PermissionError):
@@ -129,7 +156,7 @@ def remove_partials(
         if part.is_file():
             part.unlink(missing_ok=True)
 
-# %% ../nbs/a1_util.ipynb #c23
+# %% ../nbs/a1_util.ipynb #c26
 def atomic_write(
     path:str|Path, # the target; its folder exists
     data:bytes|str, # the whole content
@@ -151,7 +178,7 @@ def atomic_write(
     _sync_folder(path.parent)
     return path
 
-# %% ../nbs/a1_util.ipynb #c24
+# %% ../nbs/a1_util.ipynb #c27
 def append_line(
     path:str|Path, # a text file; made if it is not there
     line:str, # with its line end
@@ -167,7 +194,7 @@ def append_line(
             f.truncate(end)
             raise OSError(e.errno, f"{e.strerror}: {path} needs one more line; {_remedy(e)}") from e
 
-# %% ../nbs/a1_util.ipynb #c27
+# %% ../nbs/a1_util.ipynb #c30
 def read_json(
     path:str|Path, # a JSON file that holds an object
 ) -> dict:
@@ -182,7 +209,7 @@ def read_json(
         raise ValueError(f"{path} is damaged (no object, but {kind}): restore it, or move it away")
     return content
 
-# %% ../nbs/a1_util.ipynb #c30
+# %% ../nbs/a1_util.ipynb #c33
 @contextmanager
 def catch_signals(
     *names:str, # such as "SIGINT"; names that this system does not know are left out
@@ -207,7 +234,7 @@ def catch_signals(
         for s, handler in before.items():
             signal.signal(s, handler or signal.SIG_DFL)
 
-# %% ../nbs/a1_util.ipynb #c33
+# %% ../nbs/a1_util.ipynb #c36
 def format_duration(
     seconds:float, # not negative
 ) -> str: # such as 1:02:03
@@ -233,7 +260,7 @@ def progress_callback(
         print(f"{description:<24}{done:>{len(str(total))}}/{total}  {rate:.1f}/s  {end}", flush=True)
     return callback
 
-# %% ../nbs/a1_util.ipynb #c36
+# %% ../nbs/a1_util.ipynb #c39
 def train_flops(
     image_size:int=128, # side of an image in pixels
     patch_size:int=16, # side of a patch in pixels
