@@ -6,7 +6,7 @@
 
 DIR holds oxford-iiit-pet. `train` measures the speed, sets the length so that the cosine ends in time, trains
 nbs/params/pets128_patch8.yaml, evaluates it, and writes the averaged weights in bfloat16, in parts of 15 MB,
-beside the run; `join --run RUN` puts them together again. With --tiny everything is small: a rehearsal on a CPU."""
+beside the run; `join --run RUN` puts them together again. With --tiny, to rehearse, all is small."""
 import argparse, json, subprocess, sys, time
 from pathlib import Path
 
