@@ -21,6 +21,7 @@ from tinycats import parallel
 from tinycats.checkpoint import RunLock, list_checkpoints, load_latest
 from tinycats.data import ImageDataset
 from tinycats.parallel import RankError
+from tinycats.prefetch import load_dataset, open_images, write_images
 from tinycats.toy import TOY_CLASSES, toy_cats
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -155,6 +156,23 @@ def test_processes_must_agree(tmp_path):
     assert {p.name for p in (tmp_path/"run").iterdir()} == {".lock"}
 
 
+@pytest.mark.parametrize("package", ["tinycats", "torch"])
+def test_processes_must_have_the_same_versions(tmp_path, package):
+    "A newer version in one of them, which may know a setting that the others lack: one line in each."
+    def work(rank):
+        trainer = trainer_of(tmp_path/"run")
+        if rank == 1:
+            sys.modules[package].__version__ = "9.9"
+            trainer.fingerprint |= dict(new_setting=1)
+        list(trainer.fit())
+
+    ours = sys.modules[package].__version__
+    line = (f"ValueError: rank 1 has {package}=9.9, rank 0 has {ours}: "
+            "start all processes with the same code and the same parameters")
+    assert errors_of(tmp_path, 2, work) == [line, line]
+    assert {p.name for p in (tmp_path/"run").iterdir()} == {".lock"}
+
+
 def test_an_error_of_one_process_ends_all(tmp_path):
     "A folder that is in use: rank 0 says so, and the other ends with its words."
     def work(rank):
@@ -229,6 +247,38 @@ def test_killed_processes_are_restarted(tmp_path):
         if record["step"] in victims:
             ranks_of(os.getpid(), tmp_path/"run")[victims[record["step"]]].kill()
     assert steps == list(range(1, 31))
+    assert_same_course(tmp_path/"run", tmp_path/"once")
+
+
+def mapped_memory(process, name):
+    "Bytes of a process that are mapped from a file of that name: all of them, and those of its own."
+    maps = [m for m in process.memory_maps() if m.path.endswith(name)]
+    return sum(m.size for m in maps), sum(m.private_dirty for m in maps)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("where", ["a file", "memory"])
+def test_the_ranks_share_the_images(tmp_path, where):
+    "Both map the same file; so they keep no copy of their own, and a mapped file is not copied for them."
+    images, labels = toy_cats(52, 16, seed=2)
+    images, labels = images.repeat(80, 1, 1, 1), labels.repeat(80)  # 3 MB; the network has 0.2
+    options = dict(classes=TOY_CLASSES, seed=0)
+    file, data = "job.pt", ImageDataset(images, labels, **options)
+    if where == "a file":
+        file = write_images(tmp_path/"cats.npy", [images], len(images)).name
+        data = load_dataset(open_images(tmp_path/file), labels, where="host", ahead=2, **options)
+    train(tmp_path/"once", 1, data=data)
+    sent = []
+    for record in trainer_of(tmp_path/"run", processes=2, data=data).fit():
+        if record["step"] == 12:
+            ranks = ranks_of(os.getpid(), tmp_path/"run")
+            memory = [mapped_memory(rank, file) for rank in ranks]
+            sent = [mapped_memory(rank, "job.pt")[0] for rank in ranks]
+    assert len(memory) == 2
+    for size, own in memory:
+        assert size >= images.nbytes
+        assert own < images.nbytes/2
+    assert (max(sent) < images.nbytes/2) == (where == "a file")
     assert_same_course(tmp_path/"run", tmp_path/"once")
 
 

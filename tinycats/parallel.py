@@ -177,7 +177,7 @@ class Ranks:
         return values[0]
 
     def check_same(self,
-        values:dict, # {name: value}; a None is equal to everything
+        values:dict, # {name: value}
     ):
         "A ValueError in all processes if they do not give the same values."
         everyone = [values]*self.size
