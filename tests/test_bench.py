@@ -321,3 +321,103 @@ def test_waiting_for_data_is_measured(tmp_path, monkeypatch):
     assert found["step_s"] > .45
     assert max(bench.reading_rate(path, 4, steps=4).values()) <= 8
     assert bench.reading_rate(path, 4, ahead=2, steps=6)["cache"] > 8
+
+
+# -- Several processes ---------------------------------------------------------------------------------------
+
+def test_processes_have_a_reference_with_as_many_threads():
+    assert bench.process_arms("cpu", cores=2) == {
+        "1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread": (2, 1)}
+    assert list(bench.process_arms("cpu", cores=8).values()) == [(1, 4), (1, 8), (2, 4)]
+    assert list(bench.process_arms("cpu", cores=1).values()) == [(1, 1), (2, 1)]
+    assert list(bench.process_arms("cuda", cores=16, gpus=1).values()) == [(1, 16)]
+    assert list(bench.process_arms("cuda", cores=24, gpus=6).values()) == [(1, 4), (2, 4), (4, 4), (6, 4)]
+
+
+def test_the_parts_of_a_step_are_timed(monkeypatch):
+    "A part that takes longer shows as that part; together they are the step."
+    step = bench.tinycats_step(TINY, 4, compile=False)
+    update = bench.Trainer._update_weights
+
+    def slow(self, *args):
+        bench.time.sleep(.2)
+        update(self, *args)
+
+    monkeypatch.setattr(bench.Trainer, "_update_weights", slow)
+    found = bench.measure_steps(step, 2, "cpu")
+    assert step.__self__.step == 4
+    assert found["step_s"] > .2
+    parts = found["parts"]
+    assert .2 < parts["update"] < .4
+    assert 0 < parts["forward and backward"] < .2
+    assert parts["all-reduce"] == parts["waiting for the others"] == 0
+    assert bench.Trainer._update_weights is slow  # nothing stays patched
+    total = sum(bench.median_parts([found])["parts"].values())
+    assert total == pytest.approx(found["step_s"], rel=1e-3)
+
+
+def test_one_and_two_processes_are_timed():
+    arms = dict(one=(1, 1), two=(2, 1))
+    found = bench.time_processes(TINY, 5, "cpu", arms, rounds=2)
+    for name, times in found.items():
+        assert (times["processes"], times["threads"]) == arms[name]
+        assert sum(times["parts"].values()) == pytest.approx(times["step_s"], rel=1e-2)
+        assert (times["parts"]["all-reduce"] > 0) == (name == "two")
+    assert 0 < bench.efficiencies(found)["two"]["efficiency"] < 4
+    lines = bench.processes_table(found).splitlines()
+    assert [line.count("|") for line in lines] == [9]*4
+    assert lines[3].startswith("| two | ")
+    assert lines[3].count("%)") == 5
+
+
+def test_checkpoints_of_two_processes_are_timed(tmp_path):
+    "Rank 0 waits for each checkpoint to be copied; nothing of the run is left."
+    found = bench.time_checkpoints(TINY, 5, "cpu", {"two": (2, 1)}, rounds=3, every=6, place=tmp_path)
+    assert 0 < found["two"]["step_s"] < 5
+    assert found["two"]["stall_s"] > 0
+    assert [line.count("|") for line in bench.checkpoint_table(found).splitlines()] == [6]*3
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_slow_checkpoint_costs_what_it_takes():
+    "Two seconds of standing still, and five steps that take half as long again."
+    steady = [1.]*10
+    slow = [3.] + [1.5]*5 + [1.]*6
+    found = bench.checkpoint_cost([slow, slow, steady + [1., 1.]])
+    assert found == dict(step_s=1., stall_s=2., total_s=4.5)
+
+
+def test_groups_work_in_turns_and_say_why_they_end():
+    code = """
+for n in turns():
+    if n == 3:
+        {}["no such arm"]
+    answer([join_ranks().size, n])"""
+    with bench.ProcessGroup(code, 2, 1) as group:
+        assert [group.turn(1), group.turn(2)] == [[2, 1], [2, 2]]
+        with pytest.raises(RuntimeError, match="^KeyError: 'no such arm'$"):
+            group.turn(3)
+
+
+def test_groups_take_turns(monkeypatch):
+    "One works while the others wait, and what it finds in its first turn is left out."
+    calls = []
+
+    class Group:
+        def __init__(self, code, processes, threads, place):
+            self.name = f"{code} {processes} {threads} {place}"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            calls.append("closed")
+
+        def turn(self, n):
+            calls.append(self.name)
+            return n*len(calls)
+
+    monkeypatch.setattr(bench, "ProcessGroup", Group)
+    found = bench.take_turns(dict(a=(1, 2), b=(2, 1)), "code", rounds=2, n=10, place="here")
+    assert calls == ["code 1 2 here", "code 2 1 here"]*3 + ["closed"]*2
+    assert found == dict(a=[30, 50], b=[40, 60])

@@ -314,7 +314,8 @@ def test_python_detaches(tmp_path):
     record, = [json.loads(line) for line in open(volume(tmp_path)/"far"/"metrics.jsonl")]
     assert record["processes"] == 2  # one for each GPU
     bound = re.search(r" bind \S+ train (.*)$", (tmp_path/"state"/"log").read_text(), re.M)[1]
-    for option in ('gpu_type: "H100!"', "count: 2", "timeout_secs: 600", "retries: 2"):
+    for option in ('gpu_type: "H100!"', "count: 2", "timeout_secs: 600", "retries: 2", "milli_cpu: 4000",
+                   "memory_mb: 16384"):
         assert option in bound
 
 

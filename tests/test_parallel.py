@@ -8,20 +8,25 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 from test_checkpoint import child, kill, wait_for
 from test_runs import exit_code, flatten, last_step, make_trainer, read_records
-from tinycats import parallel
+from tinycats import parallel, viz
 from tinycats.checkpoint import RunLock, list_checkpoints, load_latest
 from tinycats.data import ImageDataset
+from tinycats.flow import sample
 from tinycats.parallel import RankError
+from tinycats.prefetch import load_dataset, open_images, write_images
 from tinycats.toy import TOY_CLASSES, toy_cats
+from tinycats.viz import save_sheet
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 MAX_DRIFT = 3e-4  # of a weight in 30 steps
@@ -131,6 +136,77 @@ def test_steps_are_skipped_and_clipped_together(tmp_path):
     assert_same_course(tmp_path/"2", tmp_path/"1")
 
 
+def drawing_trainer(folder, per_class, **settings):
+    "A run that draws a sheet in two steps of the solver after every third step."
+    draw = partial(save_sheet, decay=.5, per_class=per_class, num_steps=2)
+    return trainer_of(folder, sample_every=3, on_sample=draw, **settings)
+
+
+@pytest.mark.parametrize("classes", [13, 2], ids=["many images", "fewer images than processes"])
+def test_sheets_are_drawn_together(tmp_path, monkeypatch, classes):
+    "Each process samples its slice, and rank 0 saves the sheet that one process alone would."
+    drawn, per_class = tmp_path/"drawn", 2 if classes == 13 else 1
+    images, labels = toy_cats(40, 16, seed=2)
+    data = ImageDataset(images, labels % classes, TOY_CLASSES[:classes], seed=0)
+
+    def noted(model, y, *args, **kwargs):
+        with open(drawn, "a") as f:
+            f.write(f"{len(y)}\n")
+        return sample(model, y, *args, **kwargs)
+
+    monkeypatch.setattr(viz, "sample", noted)
+    sheets, numbers = [], []
+    for size in (1, 3):
+        folder = tmp_path/str(size)
+        work = partial(draw_sheets, folder, per_class, data)
+        assert in_ranks(size, work) == [0]*size
+        sheets.append([torch.tensor(list(Image.open(p).tobytes())) for p in sorted(folder.glob("samples/*"))])
+        numbers.append(sorted(map(int, drawn.read_text().split())))
+        drawn.unlink()
+    assert numbers[0] == [classes*per_class]*2
+    assert numbers[1] == sorted(2*([8, 9, 9] if classes == 13 else [1, 1]))
+    assert len(sheets[0]) == 2
+    for one, three in zip(*sheets, strict=True):
+        assert (one - three).abs().max() <= 2  # of 255
+    assert_same_course(tmp_path/"3", tmp_path/"1")
+
+
+def draw_sheets(folder, per_class, data, rank):
+    list(drawing_trainer(folder, per_class, data=data, steps=6).fit())
+
+
+def test_drawing_together_is_stopped(tmp_path, monkeypatch):
+    "A signal to one of two that draw: both end their drawing and then the run, which is saved."
+    def work(rank):
+        trainer = drawing_trainer(tmp_path/"run", 2, checkpoint_every=60)
+
+        def stopped(*args, **kwargs):
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return sample(*args, **kwargs)
+
+        monkeypatch.setattr(viz, "sample", stopped)
+        list(trainer.fit())
+
+    assert in_ranks(2, work) == [1, 1]
+    assert list(list_checkpoints(tmp_path/"run"/"checkpoints")) == [3]
+    assert not any(tmp_path.glob("run/samples/*"))
+
+
+def test_an_error_while_drawing_ends_all(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("no such solver")
+
+    def work(rank):
+        if rank == 1:
+            monkeypatch.setattr(viz, "sample", broken)
+        list(drawing_trainer(tmp_path/"run", 2).fit())
+
+    first, second = errors_of(tmp_path, 2, work)
+    assert first == "RankLeft: rank 1: ValueError: no such solver"
+    assert second == "ValueError: no such solver"
+
+
 def errors_of(tmp_path, size, work):
     "The errors that processes end with, in the order of their ranks."
     def noted(rank):
@@ -150,6 +226,23 @@ def test_processes_must_agree(tmp_path):
         list(trainer_of(tmp_path/"run", lr=1e-3*(rank + 1)).fit())
 
     line = ("ValueError: rank 1 has lr=0.002, rank 0 has 0.001: "
+            "start all processes with the same code and the same parameters")
+    assert errors_of(tmp_path, 2, work) == [line, line]
+    assert {p.name for p in (tmp_path/"run").iterdir()} == {".lock"}
+
+
+@pytest.mark.parametrize("package", ["tinycats", "torch"])
+def test_processes_must_have_the_same_versions(tmp_path, package):
+    "A newer version in one of them, which may know a setting that the others lack: one line in each."
+    def work(rank):
+        trainer = trainer_of(tmp_path/"run")
+        if rank == 1:
+            sys.modules[package].__version__ = "9.9"
+            trainer.fingerprint |= dict(new_setting=1)
+        list(trainer.fit())
+
+    ours = sys.modules[package].__version__
+    line = (f"ValueError: rank 1 has {package}=9.9, rank 0 has {ours}: "
             "start all processes with the same code and the same parameters")
     assert errors_of(tmp_path, 2, work) == [line, line]
     assert {p.name for p in (tmp_path/"run").iterdir()} == {".lock"}
@@ -229,6 +322,38 @@ def test_killed_processes_are_restarted(tmp_path):
         if record["step"] in victims:
             ranks_of(os.getpid(), tmp_path/"run")[victims[record["step"]]].kill()
     assert steps == list(range(1, 31))
+    assert_same_course(tmp_path/"run", tmp_path/"once")
+
+
+def mapped_memory(process, name):
+    "Bytes of a process that are mapped from a file of that name: all of them, and those of its own."
+    maps = [m for m in process.memory_maps() if m.path.endswith(name)]
+    return sum(m.size for m in maps), sum(m.private_dirty for m in maps)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("where", ["a file", "memory"])
+def test_the_ranks_share_the_images(tmp_path, where):
+    "Both map the same file; so they keep no copy of their own, and a mapped file is not copied for them."
+    images, labels = toy_cats(52, 16, seed=2)
+    images, labels = images.repeat(80, 1, 1, 1), labels.repeat(80)  # 3 MB; the network has 0.2
+    options = dict(classes=TOY_CLASSES, seed=0)
+    file, data = "job.pt", ImageDataset(images, labels, **options)
+    if where == "a file":
+        file = write_images(tmp_path/"cats.npy", [images], len(images)).name
+        data = load_dataset(open_images(tmp_path/file), labels, where="host", ahead=2, **options)
+    train(tmp_path/"once", 1, data=data)
+    sent = []
+    for record in trainer_of(tmp_path/"run", processes=2, data=data).fit():
+        if record["step"] == 12:
+            ranks = ranks_of(os.getpid(), tmp_path/"run")
+            memory = [mapped_memory(rank, file) for rank in ranks]
+            sent = [mapped_memory(rank, "job.pt")[0] for rank in ranks]
+    assert len(memory) == 2
+    for size, own in memory:
+        assert size >= images.nbytes
+        assert own < images.nbytes/2
+    assert (max(sent) < images.nbytes/2) == (where == "a file")
     assert_same_course(tmp_path/"run", tmp_path/"once")
 
 

@@ -24,7 +24,8 @@ from .checkpoint import (
 from .core import halve_on_oom, pick_dtype, stream_seed
 from .ema import EMA
 from .flow import drop_labels, flow_loss, logit_normal_times, uniform_times
-from .parallel import RankError, check_processes, join_ranks, train_in_processes, tuned_threads
+from .parallel import (
+    PartMissing, RankError, check_processes, join_ranks, noted_errors, train_in_processes, tuned_threads)
 from .params import TrainConfig
 from .util import (
     append_line, atomic_write, call_by_name, catch_signals, first_line, format_duration, read_json)
@@ -701,9 +702,9 @@ def _draw_samples(trainer):
     try:
         with abort_when_stopped(trainer.stop_signals):
             trainer.tolerate_disk_full(trainer.on_sample, trainer)
-        if trainer.on_checkpoint:
+        if trainer.on_checkpoint and trainer.ranks.is_first:
             trainer.on_checkpoint()
-    except StepAborted:
+    except (StepAborted, PartMissing): # the next step ends the run
         pass
     except Exception:
         trainer.finish()
@@ -804,9 +805,9 @@ def _prepared(trainer):
     "Hold the lock, catch signals, and keep a thread for checkpoints; the first of several processes writes."
     ranks = trainer.ranks
     lock = RunLock(trainer.folder) if ranks.is_first else contextlib.nullcontext()
-    with ranks.leave(), lock as trainer.lock, catch_stop_signals(ranks.size == 1) as trainer.stop_signals:
-        with trainer.checkpointer:
-            yield
+    signals = catch_stop_signals(ranks.size == 1)
+    with noted_errors(ranks), lock as trainer.lock, signals as trainer.stop_signals, trainer.checkpointer:
+        yield
 
 def _run_config(trainer):
     "What config.json says: settings, circumstances, and how far the run has been saved."
@@ -823,7 +824,7 @@ class Trainer(TrainState):
         data, # an `ImageDataset` on the same device
         folder:str|Path, # the run folder: config.json, metrics.jsonl and checkpoints
         config:TrainConfig|None=None, # the settings; None: the full recipe
-        on_sample=None, # called with the trainer every `sample_every` steps
+        on_sample=None, # called with the trainer every `sample_every` steps, in every process
         on_checkpoint=None, # called after each checkpoint, by the writing thread, and after each `on_sample`
         metadata:dict|None=None, # anything worth remembering: goes to config.json
     ):
@@ -872,7 +873,7 @@ class Trainer(TrainState):
             elif self.checkpointer.is_done:
                 self.checkpointer.wait()
             is_due = config.sample_every and self.step % config.sample_every == 0
-            if self.on_sample and is_due and self.ranks.is_first:
+            if self.on_sample and is_due:
                 _draw_samples(self)
 
     def check_lock(self):

@@ -181,20 +181,8 @@ def pair_grid(
     return sheet
 
 # %% ../nbs/06_viz.ipynb #c35
-def generate(
-    model, # a TinyDiT
-    n:int=8, # images of each class
-    classes:list=None, # names or indices; None: all that the model knows
-    batch_size:int=104, # images at a time; halved when memory runs out
-    seed:int=0, # of the noise
-    dtype:torch.dtype=torch.float32, # of the matrix products
-    callback=None, # called with (images done, images in all) after each batch
-    **sampling, # as `sample` takes: num_steps, cfg_scale, cfg_interval, solver
-) -> tuple: # images (n·k, 3, size, size), about [-1, 1], and labels (n·k,) for k classes, on the CPU
-    "Sample `n` images of each class, class by class."
-    classes = range(model.num_classes) if classes is None else classes
-    y = class_indices(classes, model).repeat_interleave(n)
-    x0 = seeded_noise(len(y), model.image_size, seed)
+def _sample_in_batches(model, y, x0, batch_size, dtype, callback, **sampling):
+    "Images of the classes y from the noise x0, on the CPU."
     done = []
 
     def attempt(size):
@@ -210,9 +198,33 @@ def generate(
         done.extend(images)
         if callback:
             callback(len(done), len(y))
-    return torch.stack(done), y.cpu()
+    return torch.stack(done) if done else x0.cpu() # of no image where processes are more than images
 
-# %% ../nbs/06_viz.ipynb #c40
+# %% ../nbs/06_viz.ipynb #c36
+def generate(
+    model, # a TinyDiT
+    n:int=8, # images of each class
+    classes:list=None, # names or indices; None: all that the model knows
+    batch_size:int=104, # images at a time; halved when memory runs out
+    seed:int=0, # of the noise
+    dtype:torch.dtype=torch.float32, # of the matrix products
+    callback=None, # called with (images done, images in all) after each batch
+    ranks=None, # the `Ranks` of a run, if all of them call this at the same time: each samples a part
+    **sampling, # as `sample` takes: num_steps, cfg_scale, cfg_interval, solver
+) -> tuple: # images (n·k, 3, size, size), about [-1, 1], and labels (n·k,) for k classes, on the CPU
+    "Sample `n` images of each class, class by class."
+    classes = range(model.num_classes) if classes is None else classes
+    y = class_indices(classes, model).repeat_interleave(n)
+    x0 = seeded_noise(len(y), model.image_size, seed)
+
+    def in_batches(part):
+        options = dict(batch_size=batch_size, dtype=dtype, callback=callback)
+        return _sample_in_batches(model, y[part], x0[part], **options, **sampling)
+
+    images = ranks.share(len(y), in_batches) if ranks else in_batches(slice(None))
+    return images, y.cpu()
+
+# %% ../nbs/06_viz.ipynb #c41
 def save_sheet(
     trainer, # a `Trainer`
     decay:float, # of the moving average to sample with
@@ -220,13 +232,15 @@ def save_sheet(
     **sampling, # as `generate` takes: seed, num_steps, cfg_scale, cfg_interval, solver
 ) -> Path: # samples/step_0001500.png in the run folder
     "Save a sheet of samples by class; what `on_sample` of a `Trainer` may call."
-    images, labels = generate(trainer.ema[decay], per_class, dtype=trainer.dtype, **sampling)
+    model, ranks = trainer.ema[decay], trainer.ranks
+    images, labels = generate(model, per_class, dtype=trainer.dtype, ranks=ranks, **sampling)
     path = trainer.folder/"samples"/f"step_{trainer.step:07d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    class_sheet(images, labels, trainer.model.classes, per_class=per_class).save(path)
+    if ranks.is_first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        class_sheet(images, labels, trainer.model.classes, per_class=per_class).save(path)
     return path
 
-# %% ../nbs/06_viz.ipynb #c43
+# %% ../nbs/06_viz.ipynb #c44
 def save_images(
     folder:str|Path, # made if it is not there
     images:Tensor, # (n, 3, h, w), uint8, or float in [-1, 1]
@@ -251,7 +265,7 @@ def save_images(
     (folder/file).write_text(json.dumps(metadata, indent=1) + "\n")
     return paths
 
-# %% ../nbs/06_viz.ipynb #c46
+# %% ../nbs/06_viz.ipynb #c47
 def plot_confusion(
     counts:Tensor, # (k, k); row: requested class, column: predicted class
     classes:list, # names of the classes
@@ -273,7 +287,7 @@ def plot_confusion(
     plt.close(fig)
     return fig
 
-# %% ../nbs/06_viz.ipynb #c50
+# %% ../nbs/06_viz.ipynb #c51
 def cfg_grid(
     model, # a TinyDiT
     classes:list=None, # names or indices, a row each; None: all that the model knows
@@ -288,7 +302,7 @@ def cfg_grid(
     columns = {f"cfg {s:g}": sample(model, y, x0=x0, cfg_scale=s, **sampling) for s in scales}
     return class_sheet(columns, y, model.classes, per_class=1, scale=scale)
 
-# %% ../nbs/06_viz.ipynb #c55
+# %% ../nbs/06_viz.ipynb #c56
 def slerp(
     a:Tensor, # (...) noise at share 0
     b:Tensor, # (...) noise at share 1
@@ -301,7 +315,7 @@ def slerp(
         return torch.lerp(a, b, share)
     return (torch.sin((1 - share)*angle)*a + torch.sin(share*angle)*b)/torch.sin(angle)
 
-# %% ../nbs/06_viz.ipynb #c60
+# %% ../nbs/06_viz.ipynb #c61
 def mix_classes(
     model, # a TinyDiT
     a, # class at share 0, by name or index
@@ -319,7 +333,7 @@ def mix_classes(
 
     return predict, torch.arange(len(mixed), device=table.device) + len(table)
 
-# %% ../nbs/06_viz.ipynb #c61
+# %% ../nbs/06_viz.ipynb #c62
 def morph(
     model, # a TinyDiT
     classes:tuple, # (from, to), names or indices; the same twice changes only the noise
