@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 
+import modal
 import pytest
 import torch
 from PIL import Image
+from modal.volume import FileEntry, FileEntryType
 from test_evaluate import cells
 
-from tinycats import pages
+from tinycats import cloud, pages
 from tinycats.checkpoint import list_checkpoints
 from tinycats.dit import load_model
 from tinycats.explorer import Explorer
@@ -52,6 +54,34 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+class FolderVolume:
+    "A folder in place of a volume of Modal, for what downloads from it."
+    def __init__(self, folder):
+        self.folder = folder
+
+    def iterdir(self, path, recursive=True):
+        for file in sorted((self.folder/path).rglob("*")):
+            stat = file.stat()
+            kind = FileEntryType.DIRECTORY if file.is_dir() else FileEntryType.FILE
+            name = file.relative_to(self.folder).as_posix()
+            yield FileEntry(path=name, type=kind, mtime=int(stat.st_mtime), size=stat.st_size)
+
+    def read_file(self, path):
+        yield (self.folder/path).read_bytes()
+
+
+def bring_home(folder, store, monkeypatch):
+    "Move a run to where a cloud would keep it, and download it, as `make pull` does."
+    store.mkdir()
+    shutil.move(folder, store)
+    before = {p.relative_to(store): p.read_bytes() for p in store.rglob("*") if p.is_file()}
+    volumes = {cloud.OUTPUTS_VOLUME: FolderVolume(store)}
+    monkeypatch.setattr(modal.Volume, "from_name", volumes.get)
+    assert cloud.pull(folder.name, checkpoints=True) == folder
+    downloaded = {p.relative_to(folder.parent): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert {p: content for p, content in before.items() if p.name != ".lock"}.items() <= downloaded.items()
+
+
 def check_explorer(run, names):
     "The explorer offers the classes of the run, and samples the last of them."
     explorer = Explorer(run=run, class_name=names[-1], n=1, num_steps=2)
@@ -64,8 +94,12 @@ def check_explorer(run, names):
         explorer.close()
 
 
-@pytest.mark.parametrize("k, per_class", [(1, 24), (3, 8), (20, 4), (37, 4)])
-def test_any_number_of_classes(k, per_class, project):
+only_long = pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="six seconds; TINYCATS_LONG=1")
+
+
+@pytest.mark.parametrize("k, per_class", [(1, 24), (3, 8), pytest.param(20, 4, marks=only_long), (37, 4)])
+def test_any_number_of_classes(k, per_class, project, monkeypatch):
+    "All that follows the training works with a run as it was downloaded from a cloud."
     write_pictures(project/"mine", k, per_class)
     params = TINY | dict(run="own", data_root=str(project/"mine"))
     trained = cells("train", **params)
@@ -76,6 +110,7 @@ def test_any_number_of_classes(k, per_class, project):
     assert json.loads((folder/"config.json").read_text())["classes"] == names
     assert sorted(p.name for p in (folder/"samples/final").iterdir() if p.is_dir()) == names
     assert trained["trainer"].step == 30
+    bring_home(folder, project/"volume", monkeypatch)
 
     (project/"features.py").write_text(COLOURS)
     with_classifier = k == 1 and "TINYCATS_LONG" in os.environ
