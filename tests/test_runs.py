@@ -170,7 +170,7 @@ def test_other_settings_are_refused(tmp_path):
     others |= dict(num_images=dict(data=ImageDataset(*toy_cats(41, 16, seed=2), TOY_CLASSES, seed=0)))
     others |= dict(labels_sha256=dict(data=ImageDataset(*shuffled_labels(), TOY_CLASSES, seed=0)))
     for name, kwargs in others.items():
-        with pytest.raises(ValueError, match=f"^{name} is .*name {name} in allow_changes$") as e:
+        with pytest.raises(ValueError, match=f"^{name} is .*name ({name}|{name},.*) in allow_changes$") as e:
             next(make_trainer(tmp_path, **kwargs).fit())
         assert "\n" not in str(e.value)
         assert load_latest(tmp_path/"checkpoints")[0] == 12

@@ -89,7 +89,7 @@ def _check_names(root, classes):
 
 def _check_classes(root, folders, pictures):
     "Refuse folders of runs, classes that are the same but for case, and pictures beside them."
-    runs = [name for name in (".", *folders) if (root/name/"metrics.jsonl").is_file()]
+    runs = [name for name in (".", *folders) if os.path.isfile(root/name/"metrics.jsonl")]
     folded = [unicodedata.normalize("NFC", name).casefold() for name in folders]
     same = [name for name, key in zip(folders, folded) if folded.count(key) > 1]
     if runs:
