@@ -461,6 +461,8 @@ def _decode_folder(paths, root, size, background, skip_broken):
         if not skip_broken:
             raise ValueError(f"{problem}; remove them, or go on without them: skip_broken=True")
         warnings.warn(f"{problem}; they are left out")
+    if len(broken) == len(paths):
+        raise ValueError(f"{problem}; none is left")
     good = torch.tensor([i for i in range(len(paths)) if i not in broken], dtype=torch.int64)
     images = images[good] if broken else images
     groups = near_duplicate_groups(images) if len(images) <= MAX_COMPARED else torch.arange(len(images))

@@ -212,7 +212,7 @@ def linear_probe(
     "A linear classifier on features: ridge regression, its penalty chosen by leave-one-out."
     features, target = features.double(), F.one_hot(labels, num_classes).double()
     mean, std, offset = features.mean(0), features.std(0), target.mean(0)
-    std = std.clamp(min=1e-3*std.max())
+    std = std.nan_to_num().clamp(min=max(1e-3*std.max().nan_to_num().item(), 1e-12)) # a single image has none
     u, s, vt = torch.linalg.svd((features - mean)/std, full_matrices=False)
     n = len(features)
     right = [(_leave_one_out(u, s, target, penalty*n).argmax(1) == labels).sum() for penalty in penalties]
