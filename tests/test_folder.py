@@ -17,6 +17,7 @@ from tinycats import cloud, pages
 from tinycats.checkpoint import list_checkpoints
 from tinycats.dit import load_model
 from tinycats.explorer import Explorer
+from tinycats.folder import load_folder
 from tinycats.params import ParameterError
 
 TINY = dict(data="folder", image_size=16, patch_size=8, dim=32, depth=1, num_heads=2, steps=30, batch_size=8,
@@ -201,3 +202,75 @@ def test_refused_in_one_line_before_any_work(words, message, project, monkeypatc
         pages.main(["train", "-p", "data", "folder", *words])
     assert "\n" not in str(refused.value)
     assert not (project/"outputs").exists()
+
+
+STRANGE = {  # files in place of mine/Sort 00/0.png, and what is said about them
+    "empty.jpg": (lambda path: path.write_bytes(b""), "Sort 00/empty.jpg .it is empty"),
+    "page.jpg": (lambda path: path.write_text("<html>"), "Sort 00/page.jpg .its content is none of JPEG"),
+    "pipe.png": (os.mkfifo, "Sort 00/pipe.png .no file"),
+    "dead.png": (lambda path: path.symlink_to("nowhere"), "Sort 00/dead.png .no file, or a link to none"),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="files as on Linux and macOS")
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_strange_file_is_named(name, project):
+    "Named at once, and left out where that is asked for."
+    write_pictures(project/"mine", 2, 4)
+    make, message = STRANGE[name]
+    make(project/"mine/Sort 00"/name)
+    with pytest.raises(ValueError, match=f"1 of 9 images cannot be decoded: {message}.*skip_broken=True"):
+        load_folder("mine", 16)
+    with pytest.warns(UserWarning, match="left out"):
+        assert len(load_folder("mine", 16, skip_broken=True).labels) == 8
+
+
+def test_what_may_not_be_meant_so_is_said(project):
+    "Formats that are not read, folders in classes, pictures of two classes, classes with none held out."
+    write_pictures(project/"mine", 2, 4)
+    (project/"mine/Sort 01/IMG_1.HEIC").write_bytes(b"")
+    shutil.copytree(project/"mine/Sort 00", project/"mine/Sort 02/more")
+    for i in (1, 2, 3):
+        (project/f"mine/Sort 01/{i}.png").unlink()
+    lines = load_folder("mine", 16).report().splitlines()
+    assert lines[1].startswith("without 1 picture in other formats, such as Sort 01/IMG_1.HEIC: convert")
+    assert lines[2] == "1 folder inside of classes, such as Sort 02/more: of the class around it"
+    assert lines[3].startswith("4 near-duplicates, such as Sort 02/more/0.png of Sort 00/0.png")
+    assert lines[4].startswith("4 near-duplicates in another class")
+    assert lines[5] == "none held out of Sort 01: too few different pictures"
+
+
+def test_a_picture_that_is_edited_in_place_is_noticed(project):
+    "Even if it keeps its size and its date."
+    path = write_pictures(project/"mine", 1, 4)/"Sort 00/2.png"
+    before = load_folder("mine", 16).images
+    content, stat = bytearray(path.read_bytes()), path.stat()
+    pixels = torch.full((20, 24, 3), 200, dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(path)
+    path.write_bytes(path.read_bytes().ljust(len(content), b"\0"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    after = load_folder("mine", 16).images
+    assert not torch.equal(after[2], before[2])
+    assert torch.equal(after[:2], before[:2])
+
+
+def test_evaluation_with_few_held_out(project, capsys):
+    "Eighteen pictures: two or more held out of a class and none of another, which is said; and none of all."
+    write_pictures(project/"mine", 2, 15)
+    for i in range(12):
+        (project/f"mine/Sort 00/{i}.png").unlink()
+    write_pictures(project/"few", 2, 3)
+    cells("train", **TINY | dict(run="own", data_root="mine", steps=4))
+    (project/"features.py").write_text(COLOURS)
+    options = EVALUATION | dict(run="own", features="features.py:colours")
+    evaluated = cells("evaluate", **options)
+    shown = capsys.readouterr().out
+    assert evaluated["chosen"] == [1]
+    assert "without Sort 00: none of its images are held out" in shown
+    assert "held-out images are few: distances" in shown
+    assert "means nothing" in evaluated["metrics"].score_table(evaluated["found"])
+    with pytest.raises(ParameterError, match="^classes='Sort 00': none of its images are held out"):
+        cells("evaluate", **options, classes=["Sort 00"])
+    with pytest.raises(ParameterError, match="none of its images are held out"):
+        cells("evaluate", **options, data_root="few")
