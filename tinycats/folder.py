@@ -39,6 +39,7 @@ def _folder_error(error, folder):
         PermissionError: f"{folder} may not be read: give yourself permission to read it"}
     return type(error)(messages.get(type(error), f"{folder} cannot be read ({error.strerror}): {remedy}"))
 
+# %% ../nbs/14_folder.ipynb #c09
 def _walk(folder, visited):
     "Folder and names of all files below a folder, in order; `visited` holds the real paths of folders."
     def refuse(error):
@@ -70,7 +71,7 @@ def _list_folder(root):
 def _has_suffix(name, suffixes):
     return name.lower().endswith(suffixes)
 
-# %% ../nbs/14_folder.ipynb #c10
+# %% ../nbs/14_folder.ipynb #c11
 MAX_NAME = 200 # bytes in the name of a class, after which folders and files are named
 _RESERVED = ("overview", "closest") # sheets of an evaluation, which also writes a sheet for each class
 
@@ -102,7 +103,7 @@ def _check_classes(root, folders, pictures):
         example = f"{len(pictures)} pictures, such as {pictures[0]}, lie beside the class folders"
         raise ValueError(f"{root}: {example}: move each into the folder of its class")
 
-# %% ../nbs/14_folder.ipynb #c11
+# %% ../nbs/14_folder.ipynb #c12
 class FoundPictures(NamedTuple):
     "The files of a folder of pictures."
     paths:list # of pictures, in a fixed order
@@ -152,7 +153,7 @@ def find_pictures(
     _check_found(root, found)
     return found
 
-# %% ../nbs/14_folder.ipynb #c16
+# %% ../nbs/14_folder.ipynb #c17
 def _to_rgb(image, background):
     "A PIL image of any mode as RGB, on a background."
     from PIL import Image
@@ -193,7 +194,7 @@ def open_picture(
         rgb = _to_rgb(ImageOps.exif_transpose(image), background)
     return _to_srgb(rgb, profile) if profile else rgb
 
-# %% ../nbs/14_folder.ipynb #c21
+# %% ../nbs/14_folder.ipynb #c22
 def _centre_square(width, height):
     "Left, top and side of the largest square in the middle."
     side = min(width, height)
@@ -211,7 +212,7 @@ def to_square(
     pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)
     return pixels.view(size, size, 3).permute(2, 0, 1)
 
-# %% ../nbs/14_folder.ipynb #c25
+# %% ../nbs/14_folder.ipynb #c26
 HELD_OUT = .1          # share of the pictures
 NEAR_DUPLICATE = .1    # distance of thumbnails below which two pictures count as the same
 MAX_COMPARED = 20_000  # pictures up to which near-duplicates are searched for
@@ -236,7 +237,7 @@ def _lowest_of_group(values, groups):
     "Each picture gets the lowest value in its group."
     return values.scatter_reduce(0, groups, values, "amin")[groups]
 
-# %% ../nbs/14_folder.ipynb #c26
+# %% ../nbs/14_folder.ipynb #c27
 def _num_held_out(below, total):
     "How many pictures a class of `total` gives, of which `below` have a hash below the share."
     least = 2 if total >= 4 else 0
@@ -262,7 +263,7 @@ def hold_out(
             held[members] = share[members] <= lowest[min(count, len(members)) - 1]
     return _lowest_of_group(held.int(), groups).bool() # a group in two classes is held out in both or none
 
-# %% ../nbs/14_folder.ipynb #c31
+# %% ../nbs/14_folder.ipynb #c32
 def check_memory(
     n:int, # number of pictures
     size:int, # side in pixels, at least 1
@@ -277,7 +278,7 @@ def check_memory(
     needed = f"{n:,} pictures of {size} pixels need {3*n*size**2/1e9:.1f} GB of memory"
     raise ValueError(f"{needed}, more than half of {total/1e9:.1f} GB: choose at most {fits} pixels")
 
-# %% ../nbs/14_folder.ipynb #c34
+# %% ../nbs/14_folder.ipynb #c35
 def user_cache() -> Path:
     "The user's cache folder for this package; one for temporary files where the system knows of no home."
     try:
@@ -294,7 +295,7 @@ def cache_path(
     folder_hash = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
     return Path(cache or user_cache())/f"{name}-{folder_hash}.safetensors"
 
-# %% ../nbs/14_folder.ipynb #c35
+# %% ../nbs/14_folder.ipynb #c36
 def read_cache(
     path:Path, # as from `cache_path`
     source:str, # a hash of what the tensors were made from
@@ -327,7 +328,7 @@ def write_cache(
             part.unlink()
         warnings.warn(f"decoded images are not kept in {path.parent}: {e}; they are decoded again next time")
 
-# %% ../nbs/14_folder.ipynb #c38
+# %% ../nbs/14_folder.ipynb #c39
 def _reason(error):
     "Why a picture cannot be decoded, in a few words."
     from PIL import UnidentifiedImageError
@@ -366,7 +367,7 @@ def name_broken(
     examples = "; ".join(f"{shown(names[i])} ({reason})" for i, reason in [*broken.items()][:3])
     return f"{len(broken)} of {len(names)} images cannot be decoded: {examples}"
 
-# %% ../nbs/14_folder.ipynb #c39
+# %% ../nbs/14_folder.ipynb #c40
 class PictureFolder(NamedTuple):
     "The squares of a folder."
     images:Tensor # uint8 (n, 3, size, size)
@@ -392,7 +393,7 @@ class PictureFolder(NamedTuple):
         first = f"{len(self.labels)} pictures: {', '.join(each)}; {self.held_out.sum()} held out"
         return "\n".join([first, *_remarks(self)])
 
-# %% ../nbs/14_folder.ipynb #c40
+# %% ../nbs/14_folder.ipynb #c41
 def _num(n, noun):
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
@@ -425,7 +426,7 @@ def _example(found, i):
     "A near-duplicate, and the picture that it is one of."
     return f"{shown(found.paths[i])} of {shown(found.paths[found.groups[i]])}"
 
-# %% ../nbs/14_folder.ipynb #c41
+# %% ../nbs/14_folder.ipynb #c42
 def _hash_files(paths, root, *settings):
     "A hash of names, sizes and dates of files, and of settings."
     rows = []
@@ -447,6 +448,16 @@ def _read_file(path):
         raise ValueError("it is empty")
     return content
 
+def _check_background(background):
+    "Refuse what is no colour."
+    from PIL import ImageColor
+    try:
+        ImageColor.getrgb(background)
+    except ValueError:
+        remedy = "name one, such as white or #ffffff"
+        raise ValueError(f"background={background!r} is no colour: {remedy}") from None
+
+# %% ../nbs/14_folder.ipynb #c43
 def _decode_folder(paths, root, size, background, skip_broken):
     "The tensors of a folder's cache: images, and of each the index of its file, its hash and its group."
     hashes = torch.zeros(len(paths), 32, dtype=torch.uint8)
@@ -468,7 +479,7 @@ def _decode_folder(paths, root, size, background, skip_broken):
     groups = near_duplicate_groups(images) if len(images) <= MAX_COMPARED else torch.arange(len(images))
     return dict(images=images, good=good, hashes=hashes[good], groups=groups)
 
-# %% ../nbs/14_folder.ipynb #c42
+# %% ../nbs/14_folder.ipynb #c44
 def pack_folder(
     found:PictureFolder, # as from `load_folder`
     path:str|Path, # the target, ending in .safetensors
@@ -493,16 +504,7 @@ def _read_packed(path, size):
         raise ValueError(f"{path} holds squares of {stored} pixels, not {size}: pack the folder at that size")
     return found
 
-# %% ../nbs/14_folder.ipynb #c43
-def _check_background(background):
-    "Refuse what is no colour."
-    from PIL import ImageColor
-    try:
-        ImageColor.getrgb(background)
-    except ValueError:
-        remedy = "name one, such as white or #ffffff"
-        raise ValueError(f"background={background!r} is no colour: {remedy}") from None
-
+# %% ../nbs/14_folder.ipynb #c45
 def load_folder(
     root:str|Path, # <root>/<class>/*.jpg, or as for `find_pictures`; or a file from `pack_folder`
     size:int=64, # side of the squares in pixels

@@ -397,8 +397,7 @@ def scores(
     right = (probe(features["heldout"]) == heldout[1])[real]
     copies = detect_copies(generated, heldout[0], originals)
     found = dict(n=len(labels), n_real=len(real), n_heldout=len(heldout[1]), n_training=len(originals))
-    enough = min(len(y) for y in targets.values()) >= 2
-    if enough and set(heldout[1].tolist()) <= set(labels.tolist()):
+    if min(map(len, targets.values())) >= 2 and set(heldout[1].tolist()) <= set(labels.tolist()):
         found |= distances(features, targets, seed=seed)
         found |= _precision_recall_at_equal_n(features, targets, seed)
     else:
