@@ -6,15 +6,18 @@ import shutil
 import subprocess
 import sys
 
+import modal
 import pytest
 import torch
 from PIL import Image
+from modal.volume import FileEntry, FileEntryType
 from test_evaluate import cells
 
-from tinycats import pages
+from tinycats import cloud, pages
 from tinycats.checkpoint import list_checkpoints
 from tinycats.dit import load_model
 from tinycats.explorer import Explorer
+from tinycats.folder import load_folder
 from tinycats.params import ParameterError
 
 TINY = dict(data="folder", image_size=16, patch_size=8, dim=32, depth=1, num_heads=2, steps=30, batch_size=8,
@@ -52,6 +55,34 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+class FolderVolume:
+    "A folder in place of a volume of Modal, for what downloads from it."
+    def __init__(self, folder):
+        self.folder = folder
+
+    def iterdir(self, path, recursive=True):
+        for file in sorted((self.folder/path).rglob("*")):
+            stat = file.stat()
+            kind = FileEntryType.DIRECTORY if file.is_dir() else FileEntryType.FILE
+            name = file.relative_to(self.folder).as_posix()
+            yield FileEntry(path=name, type=kind, mtime=int(stat.st_mtime), size=stat.st_size)
+
+    def read_file(self, path):
+        yield (self.folder/path).read_bytes()
+
+
+def bring_home(folder, store, monkeypatch):
+    "Move a run to where a cloud would keep it, and download it, as `make pull` does."
+    store.mkdir()
+    shutil.move(folder, store)
+    before = {p.relative_to(store): p.read_bytes() for p in store.rglob("*") if p.is_file()}
+    volumes = {cloud.OUTPUTS_VOLUME: FolderVolume(store)}
+    monkeypatch.setattr(modal.Volume, "from_name", volumes.get)
+    assert cloud.pull(folder.name, checkpoints=True) == folder
+    downloaded = {p.relative_to(folder.parent): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert not [p for p, content in before.items() if p.name != ".lock" and downloaded.get(p) != content]
+
+
 def check_explorer(run, names):
     "The explorer offers the classes of the run, and samples the last of them."
     explorer = Explorer(run=run, class_name=names[-1], n=1, num_steps=2)
@@ -64,8 +95,12 @@ def check_explorer(run, names):
         explorer.close()
 
 
-@pytest.mark.parametrize("k, per_class", [(1, 24), (3, 8), (20, 4), (37, 4)])
-def test_any_number_of_classes(k, per_class, project):
+only_long = pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="six seconds; TINYCATS_LONG=1")
+
+
+@pytest.mark.parametrize("k, per_class", [(1, 24), (3, 8), pytest.param(20, 4, marks=only_long), (37, 4)])
+def test_any_number_of_classes(k, per_class, project, monkeypatch):
+    "All that follows the training works with a run as it was downloaded from a cloud."
     write_pictures(project/"mine", k, per_class)
     params = TINY | dict(run="own", data_root=str(project/"mine"))
     trained = cells("train", **params)
@@ -76,6 +111,7 @@ def test_any_number_of_classes(k, per_class, project):
     assert json.loads((folder/"config.json").read_text())["classes"] == names
     assert sorted(p.name for p in (folder/"samples/final").iterdir() if p.is_dir()) == names
     assert trained["trainer"].step == 30
+    bring_home(folder, project/"volume", monkeypatch)
 
     (project/"features.py").write_text(COLOURS)
     with_classifier = k == 1 and "TINYCATS_LONG" in os.environ
@@ -166,3 +202,75 @@ def test_refused_in_one_line_before_any_work(words, message, project, monkeypatc
         pages.main(["train", "-p", "data", "folder", *words])
     assert "\n" not in str(refused.value)
     assert not (project/"outputs").exists()
+
+
+STRANGE = {  # files in place of mine/Sort 00/0.png, and what is said about them
+    "empty.jpg": (lambda path: path.write_bytes(b""), "Sort 00/empty.jpg .it is empty"),
+    "page.jpg": (lambda path: path.write_text("<html>"), "Sort 00/page.jpg .its content is none of JPEG"),
+    "pipe.png": (os.mkfifo, "Sort 00/pipe.png .no file"),
+    "dead.png": (lambda path: path.symlink_to("nowhere"), "Sort 00/dead.png .no file, or a link to none"),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="files as on Linux and macOS")
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_strange_file_is_named(name, project):
+    "Named at once, and left out where that is asked for."
+    write_pictures(project/"mine", 2, 4)
+    make, message = STRANGE[name]
+    make(project/"mine/Sort 00"/name)
+    with pytest.raises(ValueError, match=f"1 of 9 images cannot be decoded: {message}.*skip_broken=True"):
+        load_folder("mine", 16)
+    with pytest.warns(UserWarning, match="left out"):
+        assert len(load_folder("mine", 16, skip_broken=True).labels) == 8
+
+
+def test_what_may_not_be_meant_so_is_said(project):
+    "Formats that are not read, folders in classes, pictures of two classes, classes with none held out."
+    write_pictures(project/"mine", 2, 4)
+    (project/"mine/Sort 01/IMG_1.HEIC").write_bytes(b"")
+    shutil.copytree(project/"mine/Sort 00", project/"mine/Sort 02/more")
+    for i in (1, 2, 3):
+        (project/f"mine/Sort 01/{i}.png").unlink()
+    lines = load_folder("mine", 16).report().splitlines()
+    assert lines[1].startswith("without 1 picture in other formats, such as Sort 01/IMG_1.HEIC: convert")
+    assert lines[2] == "1 folder inside of classes, such as Sort 02/more: of the class around it"
+    assert lines[3].startswith("4 near-duplicates, such as Sort 02/more/0.png of Sort 00/0.png")
+    assert lines[4].startswith("4 near-duplicates in another class")
+    assert lines[5] == "none held out of Sort 01: too few different pictures"
+
+
+def test_a_picture_that_is_edited_in_place_is_noticed(project):
+    "Even if it keeps its size and its date."
+    path = write_pictures(project/"mine", 1, 4)/"Sort 00/2.png"
+    before = load_folder("mine", 16).images
+    content, stat = bytearray(path.read_bytes()), path.stat()
+    pixels = torch.full((20, 24, 3), 200, dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(path)
+    path.write_bytes(path.read_bytes().ljust(len(content), b"\0"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    after = load_folder("mine", 16).images
+    assert not torch.equal(after[2], before[2])
+    assert torch.equal(after[:2], before[:2])
+
+
+def test_evaluation_with_few_held_out(project, capsys):
+    "Eighteen pictures: two or more held out of a class and none of another, which is said; and none of all."
+    write_pictures(project/"mine", 2, 15)
+    for i in range(12):
+        (project/f"mine/Sort 00/{i}.png").unlink()
+    write_pictures(project/"few", 2, 3)
+    cells("train", **TINY | dict(run="own", data_root="mine", steps=4))
+    (project/"features.py").write_text(COLOURS)
+    options = EVALUATION | dict(run="own", features="features.py:colours")
+    evaluated = cells("evaluate", **options)
+    shown = capsys.readouterr().out
+    assert evaluated["chosen"] == [1]
+    assert "without Sort 00: none of its images are held out" in shown
+    assert "held-out images are few: distances" in shown
+    assert "means nothing" in evaluated["metrics"].score_table(evaluated["found"])
+    with pytest.raises(ParameterError, match="^classes='Sort 00': none of its images are held out"):
+        cells("evaluate", **options, classes=["Sort 00"])
+    with pytest.raises(ParameterError, match="none of its images are held out"):
+        cells("evaluate", **options, data_root="few")

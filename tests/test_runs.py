@@ -166,11 +166,12 @@ def test_other_settings_are_refused(tmp_path):
     fit_until(12, folder=tmp_path)
     changes = dict(steps=90, lr=1e-3, batch_size=4, time_mean=0., grad_clip=.5)
     others = {name: {name: value} for name, value in changes.items()}
-    others |= dict(classes=dict(data=make_data([*TOY_CLASSES, "Tiger"])), seed=dict(seed=1))
+    renamed = make_data(["Tiger", *TOY_CLASSES[1:]])
+    others |= dict(classes=dict(data=renamed), seed=dict(seed=1))
     others |= dict(num_images=dict(data=ImageDataset(*toy_cats(41, 16, seed=2), TOY_CLASSES, seed=0)))
     others |= dict(labels_sha256=dict(data=ImageDataset(*shuffled_labels(), TOY_CLASSES, seed=0)))
     for name, kwargs in others.items():
-        with pytest.raises(ValueError, match=f"^{name} is .*name {name} in allow_changes$") as e:
+        with pytest.raises(ValueError, match=f"^{name} is .*name ({name}|{name},.*) in allow_changes$") as e:
             next(make_trainer(tmp_path, **kwargs).fit())
         assert "\n" not in str(e.value)
         assert load_latest(tmp_path/"checkpoints")[0] == 12
@@ -179,6 +180,8 @@ def test_other_settings_are_refused(tmp_path):
             next(make_trainer(tmp_path, **{name: value}).fit())
         with pytest.raises(ValueError, match=f"^allow_changes names {name}, which cannot change"):
             next(make_trainer(tmp_path, **{name: value}, allow_changes=[name]).fit())
+    with pytest.raises(ValueError, match="^classes is .*: use these or choose another run name$"):
+        next(make_trainer(tmp_path, data=make_data([*TOY_CLASSES, "Tiger"])).fit())  # num_classes is fixed
     with pytest.raises(ValueError, match="^allow_changes names stepz"):
         next(make_trainer(tmp_path, allow_changes=["stepz"]).fit())
     trainer = make_trainer(tmp_path, lr=1e-3, weight_decay=.3, allow_changes=["lr", "weight_decay"])

@@ -389,7 +389,8 @@ def graceful_interrupt():
         done.set()
 
 # %% ../nbs/09_cloud.ipynb #c50
-NON_RETRYABLE = ("ParameterError", "ValueError", "FileNotFoundError", "FileExistsError", "CheckpointError")
+NON_RETRYABLE = ("ParameterError", "ValueError", "FileNotFoundError", "FileExistsError", "CheckpointError",
+                 "FingerprintError")
 
 def _execute(source, target, params):
     "Run a notebook; the name and the line of its error, or None."

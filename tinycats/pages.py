@@ -190,7 +190,8 @@ def add_recipe(
 
 # %% ../nbs/12_pages.ipynb #c20
 # What is said in one line.
-EXPECTED_ERRORS = ("ParameterError", "MissingExtra", "CheckpointError", "KeyboardInterrupt", "SystemExit")
+EXPECTED_ERRORS = ("ParameterError", "MissingExtra", "CheckpointError", "FingerprintError",
+                   "KeyboardInterrupt", "SystemExit")
 
 def run_command(
     words:list, # as for `plan_page`

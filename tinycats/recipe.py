@@ -88,9 +88,10 @@ def choose_recipe(
         names = (*network_for(1, 1, torch.device("cpu")), *length_for(1), "init_from")
         return {n: begun[n] for n in names if n in begun and n not in given}, ["as the run began"]
     with parameter_errors("data_root", given.get("data_root", "data")):
-        paths, _, classes = find_pictures(given.get("data_root", "data"))
+        found = find_pictures(given.get("data_root", "data"))
+    count, num_classes = len(found.paths), len(found.classes)
     device = device or pick_device(given.get("device", "auto"))
-    chosen = network_for(len(paths), len(classes), device)
+    chosen = network_for(count, num_classes, device)
     if given.get("init_from"):
         with parameter_errors("init_from", given["init_from"]):
             config = _load_weights(given["init_from"]).config
@@ -98,15 +99,15 @@ def choose_recipe(
     chosen |= NETWORK_SIZES.get(given.get("size"), {})
     chosen |= {name: given[name] for name in chosen if name in given}
     measured = step_seconds is None
-    step_seconds = step_seconds or time_step(chosen, len(classes), device)
+    step_seconds = step_seconds or time_step(chosen, num_classes, device)
     chosen |= length_for(step_seconds, given.get("steps"))
     chosen = {name: value for name, value in chosen.items() if name not in given}
     speed = f"{1/step_seconds:.3g} steps a second, {'measured' if measured else 'estimated'} on {device.type}"
     seconds = (chosen | given)["steps"]*step_seconds
     return chosen, [
-        f"{len(paths)} pictures in {len(classes)} classes. Chosen for them; give your own value to any:",
+        f"{count} pictures in {num_classes} classes. Chosen for them; give your own value to any:",
         f"  {' '.join(f'-p {name} {_as_argument(value)}' for name, value in chosen.items())}",
-        f"  the training takes about {format_duration(seconds)} ({speed})", *_advice(len(paths))]
+        f"  the training takes about {format_duration(seconds)} ({speed})", *_advice(count)]
 
 # %% ../nbs/15_recipe.ipynb #c13
 def _advice(count):

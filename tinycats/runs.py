@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['EVALUATION_DEFAULTS', 'find_runs', 'read_config', 'read_records', 'list_weights', 'parameter_errors',
            'load_checkpoint_models', 'load_run', 'training_data', 'EvalData', 'eval_data', 'data_settings',
-           'split_halves', 'pick_classes', 'read_results', 'round_scores', 'comparison_table', 'evaluation_name',
-           'prepare_evaluation']
+           'split_halves', 'pick_classes', 'classes_to_evaluate', 'read_results', 'round_scores', 'comparison_table',
+           'evaluation_name', 'prepare_evaluation']
 
 # %% ../nbs/11_runs.ipynb #c03
-import json, re
+import hashlib, json, re
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,7 +21,7 @@ from .core import stream_seed
 from .data import BREEDS, crop_for_evaluation, load_eval_pets, load_pets
 from .dit import TinyDiT, build_model, check_weights, load_model
 from .ema import EMA
-from .folder import load_folder
+from .folder import MAX_NAME, load_folder
 from .params import ParameterError
 from .toy import TOY_CLASSES, toy_cats
 from .util import file_sha256, first_line, project_root, read_json, run_folder
@@ -261,6 +261,23 @@ def pick_classes(
                                  f"There are {', '.join(classes)}")
     return sorted(classes.index(name) for name in set(names))
 
+def classes_to_evaluate(
+    names:list, # the parameter `classes` of a page; none named: all of which images are held out
+    real:EvalData, # as from `eval_data`
+) -> list: # their indices
+    "The classes to generate; a ParameterError if there is nothing to compare one with."
+    held_out = real.heldout[1].unique().tolist()
+    without = [c for c in real.training[1].unique().tolist() if c not in held_out]
+    chosen = pick_classes(names, real.classes) or held_out
+    impossible = [c for c in chosen if c in without] or (without if not chosen else [])
+    if impossible:
+        raise ParameterError(f"classes={real.classes[impossible[0]]!r}: none of its images are held out, so "
+                             "there is nothing to compare with: of four different ones, two are")
+    if without and not names:
+        left = ", ".join(real.classes[c] for c in without)
+        print(f"without {left}: none of its images are held out, so there is nothing to compare with")
+    return chosen
+
 # %% ../nbs/11_runs.ipynb #c47
 def read_results(
     path:str|Path, # a JSON file
@@ -325,9 +342,12 @@ def evaluation_name(
     step:int, # of the network
     settings:dict, # {name: value} of names in `EVALUATION_DEFAULTS`
 ) -> str: # such as step_0012000-cfg_scale_3
-    "The name of an evaluation: the step, and the settings that differ from the defaults."
+    "The name of an evaluation: the step, and the settings that differ from the defaults, or a hash of many."
     changed = {name: v for name, v in settings.items() if v != EVALUATION_DEFAULTS[name]}
-    return f"step_{step:07d}" + "".join(f"-{name}_{_short(value)}" for name, value in changed.items())
+    name = f"step_{step:07d}" + "".join(f"-{name}_{_short(value)}" for name, value in changed.items())
+    if len(name.encode()) <= MAX_NAME:
+        return name
+    return f"step_{step:07d}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 # %% ../nbs/11_runs.ipynb #c61
 def prepare_evaluation(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'MAX_WEIGHT', 'cosine_lr', 'can_compile', 'run_metadata', 'step_seed', 'accumulate_grads',
            'accumulate_grads_with_oom_retry', 'catch_stop_signals', 'StepAborted', 'abort_when_stopped',
-           'DiskFullGuard', 'cpu_copy', 'AsyncCheckpointer', 'RunningMeans', 'RunRecords', 'TrainState', 'Trainer',
-           'print_progress']
+           'DiskFullGuard', 'cpu_copy', 'AsyncCheckpointer', 'RunningMeans', 'RunRecords', 'FingerprintError',
+           'TrainState', 'Trainer', 'print_progress']
 
 # %% ../nbs/05_trainer.ipynb #c03
 import contextlib, json, logging, math, os
@@ -399,6 +399,9 @@ def _is_same(name, a, b):
     return a == b
 
 # %% ../nbs/05_trainer.ipynb #c50
+class FingerprintError(ValueError):
+    "Settings or data that are not those of the run which is to be resumed."
+
 def _check_fingerprint(saved, trainer):
     "Refuse to resume with other settings than a run began with."
     current, allow_changes, folder = trainer.fingerprint, trainer.config.allow_changes, trainer.folder
@@ -406,18 +409,21 @@ def _check_fingerprint(saved, trainer):
     for name in allow_changes:
         if name not in current or name in fixed:
             free = ", ".join(n for n in current if n not in fixed)
-            raise ValueError(f"allow_changes names {name}, which cannot change: choose among {free}")
+            raise FingerprintError(f"allow_changes names {name}, which cannot change: choose among {free}")
+    changed = []
     for name, value in current.items():
         if name in allow_changes or _is_same(name, saved.get(name, value), value):
             continue
-        if name == "image_means":
-            found = f"the images differ from those that the run in {folder} began with"
-        else:
-            found = f"{name} is {value}, but the run in {folder} began with {saved[name]}"
-        remedies = ["use these", "choose another run name"]
-        if name not in fixed:
-            remedies.append(f"name {name} in allow_changes")
-        raise ValueError(f"{found}: {', '.join(remedies[:-1])} or {remedies[-1]}")
+        changed.append(name)
+    if not changed:
+        return
+    found = f"{changed[0]} is {current[changed[0]]}, but the run in {folder} began with {saved[changed[0]]}"
+    if changed[0] == "image_means":
+        found = f"the images differ from those that the run in {folder} began with"
+    remedies = ["use these", "choose another run name"]
+    if not fixed & set(changed): # all at once, for a picture more changes number, means and labels
+        remedies.append(f"name {','.join(changed)} in allow_changes")
+    raise FingerprintError(f"{found}: {', '.join(remedies[:-1])} or {remedies[-1]}")
 
 # %% ../nbs/05_trainer.ipynb #c52
 def _shorten_warmup(config):

@@ -276,8 +276,9 @@ def plot_confusion(
     fig, ax = plt.subplots(figsize=(4.6, 4), layout="constrained")
     ax.imshow(share, vmin=0, vmax=1, cmap="magma")
     names = [_spaced(name) for name in classes[:len(counts)]]
-    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    ax.set_yticks(range(len(names)), names, fontsize=7)
+    plain = dict(fontsize=7, parse_math=False) # a $ in a name is no formula
+    ax.set_xticks(range(len(names)), names, rotation=90, **plain)
+    ax.set_yticks(range(len(names)), names, **plain)
     for i, j in (counts > 0).nonzero().tolist():
         color = "black" if share[i, j] > .6 else "white"
         ax.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize=6, color=color)
