@@ -15,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 
 import yaml
+from PIL import Image
 
 from links import broken_links
 from reference import lazy_names, read_module, render_module, render_overview
@@ -87,6 +89,20 @@ def folded(kind, title, text):
     return f'??? {kind} "{title}"\n\n{indented}'
 
 
+def store_picture(
+    data,   # bytes of a PNG, JPEG or SVG file
+    path,   # where the site keeps it, as far as the suffix
+):
+    "Write a picture, a PNG as a lossless WebP (the same pixels in two thirds of the bytes); the path."
+    if path.suffix == ".png":
+        smaller = BytesIO()
+        Image.open(BytesIO(data)).save(smaller, "WEBP", lossless=True, quality=50)
+        if smaller.tell() < len(data):
+            path, data = path.with_suffix(".webp"), smaller.getvalue()
+    path.write_bytes(data)
+    return path
+
+
 # -- Pages -------------------------------------------------------------------------------------------------
 
 class Book:
@@ -122,8 +138,7 @@ class Book:
         if path in self.by_file:
             return f"{self.by_file[path]}.md{anchor}"
         if Path(path).suffix in (".png", ".jpg", ".svg"):
-            kept = self.docs/"files"/path.replace("/", "_")
-            shutil.copy(ROOT/path, kept)
+            kept = store_picture((ROOT/path).read_bytes(), self.docs/"files"/path.replace("/", "_"))
             return f"files/{kept.name}"
         return f"{self.blob}/{path}"
 
@@ -241,11 +256,11 @@ class PageWriter:
             yield folded("setup", f"Printed: {len(lines)} lines", block) if len(lines) > MAX_TEXT else block
 
     def image(self, kind, data):
-        file = f"files/{self.name}_{self.images}.{IMAGES[kind]}"
+        path = self.book.docs/"files"/f"{self.name}_{self.images}.{IMAGES[kind]}"
         self.images += 1
         text = "".join(data)
-        (self.book.docs/file).write_bytes(text.encode() if kind == "image/svg+xml" else b64decode(text))
-        return f"![What the code above draws]({file}){{ .output loading=lazy }}"
+        kept = store_picture(text.encode() if kind == "image/svg+xml" else b64decode(text), path)
+        return f"![What the code above draws](files/{kept.name}){{ .output loading=lazy }}"
 
 
 def mostly_imports(text):
@@ -288,18 +303,31 @@ def notes(book, name):
     return f"{line}\n{{ .origin }}" if name != "index" else ""
 
 
-def landing_page(text):
-    "The page that draws takes the place of its picture."
-    picture = re.search(r"!\[[^\]]*\]\(files/nbs_images_page\.png\)", text)[0]
-    embedded = f"""<div class="draw-here" data-page="page/index.html" markdown="1">
+def draw_here(page, content=""):
+    "A button that puts a page that draws in its own place and in that of the content above it."
+    return f"""<div class="draw-here" data-page="{page}" markdown="1">
 
-{picture}
+{content}
 
-[Draw here](page/index.html){{ .md-button .md-button--primary }}
+[Draw here]({page}){{ .md-button .md-button--primary }}
 
 </div>"""
-    text = text.replace(picture, embedded)
+
+
+def real_cats_page(text):
+    "The page that draws real cats stands below their picture."
+    picture = re.search(r"^!\[[^\]]*\]\(files/nbs_images_pets64\.\w+\)$", text, re.M)[0]
+    return text.replace(picture, f"{picture}\n\n{draw_here('page/pets64/index.html')}")
+
+
+def landing_page(text):
+    "The page that draws takes the place of its picture."
+    picture = re.search(r"!\[[^\]]*\]\(files/nbs_images_page\.\w+\)", text)[0]
+    text = text.replace(picture, draw_here("page/index.html", picture))
     return re.sub(r"^(!\[.*\]\(.*\))$", r"\1{ .first }", text, count=1, flags=re.M)
+
+
+DRAWING_PAGES = dict(index=landing_page, real_cats=real_cats_page)
 
 
 def below_title(text, line):
@@ -316,7 +344,9 @@ def write_pages(book):
     shutil.copytree(ROOT/"docs"/"assets", docs/"assets")
     for name in book.pages:
         text = below_title(PageWriter(book, name).write(), notes(book, name))
-        (docs/f"{name}.md").write_text(landing_page(text) if name == "index" else text, encoding="utf-8")
+        if name in DRAWING_PAGES:
+            text = DRAWING_PAGES[name](text)
+        (docs/f"{name}.md").write_text(text, encoding="utf-8")
     overview = render_overview(book.modules, lazy_names(ROOT/"tinycats"/"__init__.py"))
     (docs/"reference"/"index.md").write_text(overview, encoding="utf-8")
     for module in book.modules:
@@ -352,10 +382,24 @@ def write_config(book):
 
 
 def write_browser_page(target):
-    "The pages that draw: the toy cats, and the real ones below."
+    "The pages that draw: the toy cats, and the real ones below, with one ONNX Runtime (14 MB) for both."
     from tinycats import write_page
     shutil.copytree(write_page("toy"), target/"page")
-    shutil.copytree(write_page("pets64", cfg_scale=3, seed=1), target/"page"/"pets64")
+    below = target/"page"/"pets64"
+    shutil.copytree(write_page("pets64", cfg_scale=3, seed=1), below)
+    share_runtime(below)
+
+
+def share_runtime(
+    page,   # a page that draws, in a folder of another one
+):
+    "The page uses the ONNX Runtime of the page above it, and loses its own."
+    worker = (page/"worker.js").read_text(encoding="utf-8")
+    shared = worker.replace('"./vendor/', '"../vendor/')
+    if shared.count('"../vendor/') != 2:
+        raise SystemExit("docs/build.py: worker.js names vendor/ otherwise than share_runtime expects")
+    (page/"worker.js").write_text(shared, encoding="utf-8")
+    shutil.rmtree(page/"vendor")
 
 
 def build(target, quick=False):

@@ -127,6 +127,8 @@ def test_errors_are_one_line(hub, project):
     assert "user/none: the Hub knows no such repository; check" in last_line(LOAD.format("'user/none'"))
     assert last_line(PUSH.format(""), token=None).startswith("PermissionError: user/mine: ")
     assert not hub.repos
+    nobody = last_line(PUSH.format(""), HF_ENDPOINT="http://127.0.0.1:9")  # nobody listens there
+    assert nobody.startswith("ConnectionError: user/mine: no answer from the Hub")
     other = PUSH.format("").replace("user/mine", "somebody/mine")
     assert "this token may not do that" in last_line(other)
     commits = {"1"*40: {"README.md": b""}}

@@ -188,6 +188,47 @@ def test_style():
     assert not faults, f"{len(faults)} faults:\n" + "\n".join(faults)
 
 
+STARTS_PROCESSES = """Process Pool Manager ProcessPoolExecutor DataLoader LaunchConfig start_processes
+                      spawn""".split()
+NAMES_A_METHOD = "mp_context multiprocessing_context start_method method".split()
+
+
+def unnamed_start_methods(text):
+    """Lines that leave the start method of processes to Python: on Linux that was fork until 3.13, and
+    is forkserver from 3.14. psutil.Process starts nothing."""
+    tree = ast.parse(text)
+    contexts = {"psutil"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            if called_name(node.value) == "get_context" and node.value.args:
+                contexts.add(node.targets[0].id)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or called_name(node) not in STARTS_PROCESSES:
+            continue
+        owner = getattr(node.func, "value", None)
+        named = contexts & {getattr(owner, "id", None)} or any(k.arg in NAMES_A_METHOD for k in node.keywords)
+        if called_name(node) == "DataLoader":  # without workers there are no processes
+            named = named or not any(k.arg == "num_workers" for k in node.keywords)
+        if not named:
+            yield node.lineno
+
+
+def test_unnamed_start_methods_are_found():
+    wrong = ["multiprocessing.Process(target=f)", "Pool(2)", "with ProcessPoolExecutor() as pool:\n    pass",
+             "DataLoader(data, num_workers=2)", "LaunchConfig(min_nodes=1)", "mp.spawn(f)"]
+    right = ["mp = get_context('spawn')\nmp.Process(target=f)", "psutil.Process(3)", "DataLoader(data)",
+             "ProcessPoolExecutor(mp_context=context)", "LaunchConfig(start_method='spawn')"]
+    assert not [text for text in wrong if list(unnamed_start_methods(text)) != [1]]
+    assert not [text for text in right if list(unnamed_start_methods(text))]
+
+
+def test_start_methods_are_named():
+    found = []
+    for where, text in python_sources():
+        found += [f"{where}, line {line}" for line in unnamed_start_methods(text)]
+    assert not found, f"name the start method: {found}"
+
+
 def test_no_eval():
     found = []
     for where, text in python_sources():

@@ -4,9 +4,11 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
@@ -68,3 +70,32 @@ def test_an_old_make_is_one_line(clone):
     assert done.returncode != 0
     assert "tinycats needs GNU make 3.81 or newer" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+# -- Pins --------------------------------------------------------------------------------------------------
+
+PINS = dict(re.findall(r"^([\w.-]+)==(.*)$", (ROOT/"constraints.txt").read_text(encoding="utf-8"), re.M))
+VERSIONS = re.search(r"^python_versions *= *(.*)$", (ROOT/"settings.ini").read_text(), re.M)[1].split()
+
+
+def required_python(name, version):
+    "The Pythons that a release takes, where that release is the one installed here; any, otherwise."
+    try:
+        found = distribution(name)
+    except PackageNotFoundError:
+        return SpecifierSet()
+    return SpecifierSet(found.metadata["Requires-Python"] or "" if found.version == version else "")
+
+
+@pytest.mark.parametrize("python", [f"{version}.0" for version in VERSIONS])
+def test_pins_take_every_python(python):
+    "The first release of each Python, too: Debian 12 has 3.11.2."
+    refused = [f"{name}=={version}" for name, version in PINS.items()
+               if not required_python(name, version).contains(python)]
+    assert not refused, f"Python {python} cannot have {refused}: run tests/pin_versions.sh"
+
+
+def test_a_package_has_one_pin():
+    lines = re.findall(r"^[\w.-]+==", (ROOT/"constraints.txt").read_text(encoding="utf-8"), re.M)
+    names = [re.sub(r"[-_.]+", "-", line.lower()) for line in lines]
+    assert not {name for name in names if names.count(name) > 1}

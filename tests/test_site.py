@@ -1,14 +1,21 @@
 """The web site of the book: every page is there, every link leads somewhere, formulas and diagrams are drawn,
 and nothing comes from another host. Nothing is run here, so that the site is there in seconds."""
 import ast
+import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
 from functools import partial
+from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import module_from_spec, spec_from_file_location
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from helpers import needs_chromium
 
@@ -16,6 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/"docs"))
 from links import broken_links  # noqa: E402
 from reference import lazy_names, read_module, render_module, render_overview  # noqa: E402
+
+SPEC = spec_from_file_location("build_the_site", ROOT/"docs"/"build.py")  # `build` is another package's name
+build = module_from_spec(SPEC)
+SPEC.loader.exec_module(build)
 
 NOTEBOOKS = sorted(p.stem for p in (ROOT/"nbs").glob("*.ipynb"))
 MODULES = sorted(ROOT.glob("tinycats/[a-z]*.py"))
@@ -91,6 +102,58 @@ def test_the_workflow_publishes_what_make_builds():
     workflow = (ROOT/".github"/"workflows"/"site.yml").read_text(encoding="utf-8")
     assert "- run: make site\n" in workflow
     assert "path: _site\n" in workflow
+
+
+def picture(kind, colour=(200, 90, 20)):
+    "The bytes of a small picture."
+    image = Image.new("RGB", (64, 64), colour)
+    image.putpixel((3, 5), (1, 2, 3))
+    data = BytesIO()
+    image.save(data, kind)
+    return data.getvalue()
+
+
+def test_a_picture_keeps_its_pixels_and_takes_less(tmp_path):
+    given = (ROOT/"nbs"/"images"/"pets64.png").read_bytes()
+    kept = build.store_picture(given, tmp_path/"cats.png")
+    assert kept == tmp_path/"cats.webp"
+    assert kept.stat().st_size < .75*len(given)
+    pixels = [Image.open(source).convert("RGB").tobytes() for source in (kept, BytesIO(given))]
+    assert pixels[0] == pixels[1]
+    photo = picture("JPEG")
+    assert build.store_picture(photo, tmp_path/"photo.jpg").read_bytes() == photo
+
+
+def test_the_book_stays_small(site):
+    "Without the pages that draw, which hold ONNX Runtime and two networks; and nothing is there twice."
+    files = [path for path in site.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 22e6
+    large = [path for path in files if path.stat().st_size > 20_000]
+    assert not [path.name for path in large if path.suffix == ".png"]
+    contents = [sha256(path.read_bytes()).hexdigest() for path in large]
+    doubled = [path.name for path, content in zip(large, contents) if contents.count(content) > 1]
+    assert not [name for name in doubled if not name.endswith(".webp")], doubled
+
+
+def test_both_pages_that_draw_are_reached(site):
+    for name, page in (("index", "page/index.html"), ("real_cats", "page/pets64/index.html")):
+        text = (site/f"{name}.html").read_text(encoding="utf-8")
+        assert f'data-page="{page}"' in text
+        assert f'href="{page}"' in text
+
+
+def test_the_pages_that_draw_share_a_runtime(tmp_path):
+    for there in (tmp_path/"page", tmp_path/"page"/"pets64"):
+        shutil.copytree(ROOT/"nbs"/"page", there, dirs_exist_ok=True)
+    below = tmp_path/"page"/"pets64"
+    build.share_runtime(below)
+    assert not (below/"vendor").exists()
+    places = re.findall(r'"(\.[^"]*vendor/[^"]*)"', (below/"worker.js").read_text(encoding="utf-8"))
+    assert len(places) == 2
+    assert not [place for place in places if not (below/place).exists()]
+    (below/"worker.js").write_text("import 'elsewhere/ort.mjs'")
+    with pytest.raises(SystemExit, match="names vendor/ otherwise"):
+        build.share_runtime(below)
 
 
 # -- The reference -----------------------------------------------------------------------------------------
@@ -235,3 +298,16 @@ def test_a_click_embeds_the_page_that_draws(telephone):
     tab.goto("index.html")
     tab.click(".draw-here a.md-button")
     assert tab.get_attribute(".draw-here iframe", "src") == "page/index.html"
+
+
+@needs_chromium
+@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="a minute; TINYCATS_LONG=1")
+def test_both_pages_that_draw_do(site, telephone):
+    pytest.importorskip("onnxruntime")
+    build.write_browser_page(site)
+    assert len(list(site.rglob("*.wasm"))) == 1
+    tab, foreign = telephone
+    for page in ("page", "page/pets64"):
+        tab.goto(f"{page}/index.html")
+        tab.wait_for_selector("#status[data-state=done]", timeout=120_000)
+    assert foreign == []

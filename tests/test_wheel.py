@@ -249,3 +249,37 @@ def test_the_cloud_from_a_wheel(full, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "'error': None, 'step': 1" in done.stdout, done.stdout + done.stderr
     assert (tmp_path/"outputs"/"one"/"ema.safetensors").exists()
+
+
+@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="two minutes; TINYCATS_LONG=1")
+def test_every_command_of_a_stranger_ends_well(full, tmp_path):
+    "In an empty HOME and below a settings.ini of somebody else; each command says what to do with its result."
+    (tmp_path/"settings.ini").write_text("[DEFAULT]\nlib_name = of_somebody_else\n")
+    home = tmp_path/"home"
+    home.mkdir()
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in TINY.items())
+    expected = {
+        f"train {flags}": 'the network: tinycats.load_model("outputs/one")',
+        "evaluate one --samples 1": "generation_metadata.json",
+        "sample one --samples 1": "13 images, in cats.png",
+        "log one": "tensorboard --logdir " + str(Path("outputs/one/tensorboard")),
+        "export one": "one.onnx",
+        "page toy": "python3 -m http.server -d " + str(Path("outputs/toy/page"))}
+    for line, words in expected.items():
+        done = cats(full, tmp_path, line, HOME=str(home))
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+        assert words in done.stdout
+        assert "WARNING" not in done.stderr
+    assert sorted(os.listdir(tmp_path/"outputs")) == ["one", "toy"]
+
+
+def test_what_is_not_there_is_one_line(full, tmp_path):
+    done = cats(full, tmp_path, "sample pets64")
+    assert done.stderr == ("no weights at outputs/pets64: there are toy; `tinycats train pets64` makes this "
+                           "one\n")
+    gone = dict(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path/"hf"), HF_TOKEN="hf_none")
+    (tmp_path/"outputs").mkdir()
+    resources = next((full.parents[1]/"lib").glob("python*/site-packages/tinycats/resources"))
+    done = cats(full, tmp_path, f"push {resources/'outputs'/'toy'} user/toy", **gone)
+    assert done.stderr.startswith("user/toy: no answer from the Hub")
+    assert len(done.stderr.splitlines()) == 1

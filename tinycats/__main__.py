@@ -16,7 +16,7 @@ from .pages import ParameterParser, run_command
 from .params import (
     CfgScale, ParameterError, SampleCount, Seed, Solver, SolverSteps, Text, check_params, notebook_params,
     parameters_cell)
-from .util import MissingExtra, project_root, require_extra, resources_folder
+from .util import MissingExtra, project_root, require_extra, resources_folder, run_folder
 
 # %% ../nbs/18_cli.ipynb #c06
 def _comments(source):
@@ -106,6 +106,13 @@ def _sample_parser():
     return parser
 
 # %% ../nbs/18_cli.ipynb #c13
+def _run_names():
+    "The runs with weights, in outputs/ and in the package."
+    found = []
+    for folder in (project_root(), resources_folder()):
+        found += [path.parent.name for path in folder.glob("outputs/*/ema.safetensors")]
+    return sorted(set(found))
+
 def _load(run, weights, revision):
     "A network by the name of a run, a path, or a repository."
     from tinycats.runs import load_run
@@ -115,7 +122,13 @@ def _load(run, weights, revision):
         return load_run(run, weights=weights)
     ours = resources_folder()/"outputs"/run
     path = ours if is_name and ours.is_dir() else f"outputs/{run}" if is_name else run
-    return load_model(path, revision=revision)
+    try:
+        return load_model(path, revision=revision)
+    except FileNotFoundError:
+        if not is_name:
+            raise
+        remedy = f"there are {', '.join(_run_names())}; `tinycats train {run}` makes this one"
+        raise FileNotFoundError(f"no weights at outputs/{run}: {remedy}") from None
 
 def _sample(words):
     given = vars(_sample_parser().parse_args(words))
@@ -180,13 +193,20 @@ def _push(words):
     from tinycats.hub import push_to_hub
     print(push_to_hub(**vars(parser.parse_args(words))))
 
+def _how_to_see(run, tracker):
+    "The command that shows what was logged."
+    if tracker == "trackio":
+        return "To see them: trackio show"
+    return f"To see them: tensorboard --logdir {os.path.relpath(run_folder(run)/'tensorboard')}"
+
 def _log(words):
     "Write the records and sheets of a run for TensorBoard or trackio."
     parser = ParameterParser(prog="tinycats log", allow_abbrev=False, description=_log.__doc__)
     parser.add_argument("run", help="the name of a run, or the path of its folder")
     parser.add_argument("--to", default="tensorboard", help="tensorboard or trackio; tensorboard")
+    given = parser.parse_args(words)
     from tinycats.tracking import log_run
-    print(f"{log_run(**vars(parser.parse_args(words)))} records")
+    print(f"{log_run(given.run, given.to)} records. {_how_to_see(given.run, given.to)}")
 
 def _data(words):
     "Download the Oxford-IIIT Pet pictures once, into data/ (about 800 MB)."

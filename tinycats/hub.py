@@ -52,19 +52,26 @@ def _translate(error, repo):
         return ConnectionError(f"{repo}: no answer from the Hub, and none in the cache; try again online")
     return OSError(f"{repo}: the Hub answers {_status(error)}; try again later")
 
+# %% ../nbs/19_hub.ipynb #c10
+def _is_connection_error(error):
+    "Whether a request had no answer: an error of httpx, or of httpx2, which huggingface_hub 2 uses."
+    return any(kind.__name__ == "TransportError" and kind.__module__.startswith("httpx")
+               for kind in type(error).__mro__)
+
 @contextmanager
 def _one_line_errors(repo):
     "Inside, errors of huggingface_hub and of the connection become errors of one line."
-    import httpx
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalTokenNotFoundError
     from huggingface_hub.errors import LocalEntryNotFoundError
+    known = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, LocalTokenNotFoundError)
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, LocalTokenNotFoundError,
-            httpx.TransportError) as e:
-        raise _translate(e, repo) from None
+    except Exception as e:
+        if isinstance(e, known) or _is_connection_error(e):
+            raise _translate(e, repo) from None
+        raise
 
-# %% ../nbs/19_hub.ipynb #c11
+# %% ../nbs/19_hub.ipynb #c12
 def fetch_weights(
     repo:str, # user/name
     revision:str|None=None, # a branch, tag or commit; None: the main branch
@@ -75,7 +82,7 @@ def fetch_weights(
     with _one_line_errors(repo if revision is None else f"{repo}@{revision}"):
         return Path(huggingface_hub.hf_hub_download(repo, WEIGHTS_FILE, revision=revision))
 
-# %% ../nbs/19_hub.ipynb #c15
+# %% ../nbs/19_hub.ipynb #c16
 def read_header(
     path:str|Path, # a .safetensors file
 ) -> dict: # config, classes, metadata
@@ -103,7 +110,7 @@ def find_scores(
             found[path.parent.name] = read_json(path)
     return found
 
-# %% ../nbs/19_hub.ipynb #c18
+# %% ../nbs/19_hub.ipynb #c19
 _DATA = dict( # name: (what it is, licence in words, licence as the Hub writes it)
     toy=("Toy cats, drawn by `tinycats.toy_cats`: no photographs.", "Apache-2.0", "apache-2.0"),
     pets=("Photographs of cats from Oxford-IIIT Pet (Parkhi et al. 2012).", "CC BY-SA 4.0", "cc-by-sa-4.0"),
@@ -126,7 +133,7 @@ _RECIPE = """steps batch_size lr lr_min warmup_steps weight_decay ema_decay clas
 def _number(value):
     return "not measured" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value}"
 
-# %% ../nbs/19_hub.ipynb #c19
+# %% ../nbs/19_hub.ipynb #c20
 def _scores_table(name, scores):
     "Every score beside its reference value, as Markdown."
     source = f"evaluation/{name}/scores.json"
@@ -149,7 +156,7 @@ def _limits(header, evaluations):
     yield f"- Copies of training images: {copies}."
     yield "- Fairness, robustness and use outside of teaching and experiments: not measured."
 
-# %% ../nbs/19_hub.ipynb #c20
+# %% ../nbs/19_hub.ipynb #c21
 def _head(repo, folder, header, licence):
     "The card up to the example: metadata of the Hub, picture, five lines of Python."
     config = header["config"]
@@ -173,7 +180,7 @@ def _home():
     ini.read(resources_folder()/"settings.ini", encoding="utf-8")
     return ini["DEFAULT"]["git_url"]
 
-# %% ../nbs/19_hub.ipynb #c21
+# %% ../nbs/19_hub.ipynb #c22
 def model_card(
     run:str|Path, # the name of a run in outputs/, or the path of its folder
     repo:str, # user/name
@@ -201,7 +208,7 @@ def model_card(
     lines += [f"| {name} | {config.get(name, 'not stated')} |" for name in _RECIPE]
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/19_hub.ipynb #c26
+# %% ../nbs/19_hub.ipynb #c27
 def _gather(folder, run, repo):
     "Copy and write into `folder` what the repository of a run holds."
     shutil.copyfile(run/WEIGHTS_FILE, folder/WEIGHTS_FILE)

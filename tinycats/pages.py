@@ -123,7 +123,8 @@ def run_page(
     try:
         papermill.execute_notebook(
             source, partial, params, cwd=project_root(), progress_bar=False, log_output=False,
-            stdout_file=sys.stdout, stderr_file=sys.stderr)
+            stdout_file=sys.stdout, stderr_file=sys.stderr,
+            extra_arguments=["--IPKernelApp.log_level=40"]) # no advice about sockets of this computer
     except BaseException:
         if partial.exists():
             os.replace(partial, failed)
