@@ -178,7 +178,7 @@ def test_a_recipe_is_chosen_and_kept(project, monkeypatch, capsys):
     assert "30 pictures in 2 classes. Chosen for them" in done.stdout
     assert "30 pictures: Sort 00 15, Sort 01 15; 4 held out" in done.stdout
     config = json.loads((project/"outputs/own/config.json").read_text())
-    assert (config["image_size"], config["dropout"], config["augment_prob"]) == (48, .1, .15)
+    assert (config["image_size"], config["dropout"], config["augment_prob"]) == (32, .1, .15)
     assert (config["dim"], config["steps"]) == (32, 4)  # as they were given
     planned = []
     monkeypatch.setattr(pages, "run_page", lambda source, target, params: planned.append(params))

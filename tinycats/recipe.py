@@ -22,18 +22,26 @@ from .util import find_path, format_duration
 LITTLE_DATA = 1_000 # pictures below which memorising is the danger
 ARCHITECTURE = ("image_size", "patch_size", "dim", "depth", "num_heads", "prediction") # of a network
 
+def _patch_for(image_size, most=8):
+    "The smallest patch that cuts an image into at most 8 by 8."
+    return next(p for p in range(1, image_size + 1) if image_size % p == 0 and image_size//p <= most)
+
 def network_for(
     count:int, # number of pictures
     num_classes:int, # number of classes
     device:torch.device, # where it will train
+    image_size:int|None=None, # side of the images in pixels; None: chosen
 ) -> dict: # parameters of train.ipynb
     "Size of images and network, and what goes with it."
     few = count < LITTLE_DATA
-    params = dict(image_size=48 if few else 64, dropout=.1 if few else 0., augment_prob=.15 if few else 0.)
     if device.type == "cpu":
-        params |= dict(patch_size=8, dim=192, depth=4, num_heads=4, batch_size=16, lr=2e-3)
+        size = image_size or 32
+        params = dict(image_size=size, patch_size=_patch_for(size), dim=192, depth=4, num_heads=4,
+                      batch_size=16, lr=2e-3)
     else:
-        params |= dict(patch_size=4, dim=384, depth=8, num_heads=6, batch_size=128, lr=5e-4)
+        params = dict(image_size=image_size or (48 if few else 64), patch_size=4, dim=384, depth=8, num_heads=6,
+                      batch_size=128, lr=5e-4)
+    params |= dict(dropout=.1 if few else 0., augment_prob=.15 if few else 0.)
     params["samples"] = max(1, min(8, 200//num_classes))
     if num_classes == 1:
         params |= dict(cfg_scale=1.)
@@ -91,7 +99,7 @@ def choose_recipe(
         found = find_pictures(given.get("data_root", "data"))
     count, num_classes = len(found.paths), len(found.classes)
     device = device or pick_device(given.get("device", "auto"))
-    chosen = network_for(count, num_classes, device)
+    chosen = network_for(count, num_classes, device, given.get("image_size"))
     if given.get("init_from"):
         with parameter_errors("init_from", given["init_from"]):
             config = _load_weights(given["init_from"]).config

@@ -9,9 +9,10 @@ __all__ = ['is_project', 'project_root', 'resources_folder', 'find_path', 'run_f
            'train_flops']
 
 # %% ../nbs/a1_util.ipynb #c03
-import hashlib, importlib, importlib.util, json, os, re, signal, threading, time, uuid
+import hashlib, importlib, json, os, re, signal, threading, time, uuid
 from contextlib import contextmanager
 from errno import EINVAL, ENOSPC, ENOTSUP
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 # %% ../nbs/a1_util.ipynb #c06
@@ -82,8 +83,8 @@ def _load_module(place):
     "Import a module by its name or from a .py file."
     if not place.endswith(".py"):
         return importlib.import_module(place)
-    spec = importlib.util.spec_from_file_location(Path(place).stem, find_path(place))
-    module = importlib.util.module_from_spec(spec)
+    spec = spec_from_file_location(Path(place).stem, find_path(place))
+    module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -115,7 +116,7 @@ def require_extra(
     *packages:str, # the modules to be imported
 ):
     "A MissingExtra if a package of an extra is not installed."
-    missing = [name for name in packages if not importlib.util.find_spec(name)]
+    missing = [name for name in packages if not find_spec(name)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise MissingExtra(f"{', '.join(missing)} {verb} not installed: pip install 'tinycats[{extra}]'")
