@@ -253,7 +253,7 @@ def test_the_cloud_from_a_wheel(full, tmp_path):
 
 @pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="two minutes; TINYCATS_LONG=1")
 def test_every_command_of_a_stranger_ends_well(full, tmp_path):
-    "In an empty HOME and below a settings.ini of somebody else; each command says what to do with its result."
+    "In an empty HOME, below a settings.ini of somebody else; each command says what to do with its result."
     (tmp_path/"settings.ini").write_text("[DEFAULT]\nlib_name = of_somebody_else\n")
     home = tmp_path/"home"
     home.mkdir()

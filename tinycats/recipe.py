@@ -39,7 +39,8 @@ def network_for(
         params = dict(image_size=size, patch_size=_patch_for(size), dim=192, depth=4, num_heads=4,
                       batch_size=16, lr=2e-3)
     else:
-        params = dict(image_size=image_size or (48 if few else 64), patch_size=4, dim=384, depth=8, num_heads=6,
+        size = image_size or (48 if few else 64)
+        params = dict(image_size=size, patch_size=4, dim=384, depth=8, num_heads=6,
                       batch_size=128, lr=5e-4)
     params |= dict(dropout=.1 if few else 0., augment_prob=.15 if few else 0.)
     params["samples"] = max(1, min(8, 200//num_classes))

@@ -550,7 +550,8 @@ class TrainState:
         self.device, self.ranks = next(model.parameters()).device, join_ranks()
         check_processes(max(config.processes, int(os.environ.get("LOCAL_WORLD_SIZE", 1))), self.device)
         self.dtype = pick_dtype(config.precision, self.device)
-        loss_fn = partial(flow_loss, extra_loss=_extra_loss(config, model, self.device))
+        extra_loss = _extra_loss(config, model, self.device)
+        loss_fn = partial(flow_loss, extra_loss=extra_loss) if extra_loss else flow_loss
         self.loss_fn = _compiled(loss_fn, config, self.device)
         self.time_sampler = _time_sampler(config)
         self.ema = EMA(model, tuple(config.ema_decay), config.ema_every)
