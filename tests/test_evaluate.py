@@ -496,7 +496,7 @@ def test_equal_averages_are_refused(tmp_path, monkeypatch):
     "In a short run 0.999 and 0.9999 are the same average: the page says so instead of comparing them."
     monkeypatch.chdir(tmp_path)
     params = COMPARED | dict(steps=20, batch_size=4, num_steps=1, ema_decay=[.999, .9999])
-    with pytest.raises(AssertionError, match="choose smaller ones, or train longer"):
+    with pytest.raises(ParameterError, match="choose smaller ones, or train longer"):
         cells("compare_ema", **params)
 
 

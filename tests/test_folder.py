@@ -274,3 +274,12 @@ def test_evaluation_with_few_held_out(project, capsys):
         cells("evaluate", **options, classes=["Sort 00"])
     with pytest.raises(ParameterError, match="none of its images are held out"):
         cells("evaluate", **options, data_root="few")
+
+
+def test_pages_that_compare_need_held_out_pictures(project):
+    "A run on so few pictures that none is held out: each page that compares with those says so in a line."
+    write_pictures(project/"few", 2, 3)
+    cells("train", **TINY | dict(run="own", data_root="few", ema_decay=[.5, .7]))
+    for page in ("evaluate", "compare_ema", "settings"):
+        with pytest.raises(ParameterError, match="^classes='Sort 00': none of its images are held out"):
+            cells(page, run="own")

@@ -325,6 +325,20 @@ def test_killed_processes_are_restarted(tmp_path):
     assert_same_course(tmp_path/"run", tmp_path/"once")
 
 
+@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="a minute; TINYCATS_LONG=1")
+def test_a_hanging_process_is_replaced(tmp_path, monkeypatch):
+    "A process that does not answer is ended by the launcher, and the run goes on as if nothing had been."
+    monkeypatch.setattr(parallel, "TIMEOUT_S", 5.)
+    train(tmp_path/"once", 1)
+    steps = []
+    for record in trainer_of(tmp_path/"run", processes=2).fit():
+        steps.append(record["step"])
+        if record["step"] == 7:
+            ranks_of(os.getpid(), tmp_path/"run")[1].suspend()
+    assert steps == list(range(1, 31))
+    assert_same_course(tmp_path/"run", tmp_path/"once")
+
+
 def mapped_memory(process, name):
     "Bytes of a process that are mapped from a file of that name: all of them, and those of its own."
     maps = [m for m in process.memory_maps() if m.path.endswith(name)]
