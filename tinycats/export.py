@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHT_KINDS', 'LICENCES', 'MAX_PAGE_MB', 'GuidedModel', 'export_onnx', 'OnnxModel', 'write_page', 'main']
 
-# %% ../nbs/13_export.ipynb #c03
+# %% ../nbs/13_export.ipynb #c02
 import copy, hashlib, json, math, os, shlex, shutil, sys, tempfile
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .params import CfgScale, ParameterError, Seed, SolverSteps, check_params
 from .runs import load_run, read_config, run_folder
 from .util import MissingExtra, atomic_write, require_extra, resources_folder
 
-# %% ../nbs/13_export.ipynb #c06
+# %% ../nbs/13_export.ipynb #c05
 class GuidedModel(nn.Module):
     "A TinyDiT that predicts with and without the class in one doubled batch, and guides."
     def __init__(self,
@@ -38,7 +38,7 @@ class GuidedModel(nn.Module):
         null, cond = both.unflatten(0, (2, -1)).unbind() # `chunk` would fix the batch size in the export
         return apply_cfg(null, cond, cfg_scale)
 
-# %% ../nbs/13_export.ipynb #c09
+# %% ../nbs/13_export.ipynb #c08
 def _to_onnx(model):
     "The graph of a guided model, as an ONNX ModelProto in float32."
     size = model.image_size
@@ -50,7 +50,7 @@ def _to_onnx(model):
     names = dict(input_names=["xt", "t", "y", "cfg_scale"], output_names=["x_hat"])
     return torch.onnx.export(program, dynamo=True, verbose=False, external_data=False, **names).model_proto
 
-# %% ../nbs/13_export.ipynb #c10
+# %% ../nbs/13_export.ipynb #c09
 def _store_half(proto):
     "Store the matrices in float16, each with a Cast to float32, which ONNX Runtime computes once."
     from onnx import TensorProto, helper, numpy_helper
@@ -82,7 +82,7 @@ def _quantise(proto):
 
 WEIGHT_KINDS = dict(fp32=None, fp16=_store_half, int8=_quantise)
 
-# %% ../nbs/13_export.ipynb #c11
+# %% ../nbs/13_export.ipynb #c10
 LICENCES = dict(
     toy="Apache-2.0", pets="CC BY-SA 4.0 (Oxford-IIIT Pet)", heads="CC BY-SA 4.0 (Oxford-IIIT Pet)")
 
@@ -112,7 +112,7 @@ def export_onnx(
         proto.metadata_props.add(key=name, value=json.dumps(value))
     return atomic_write(path, proto.SerializeToString())
 
-# %% ../nbs/13_export.ipynb #c16
+# %% ../nbs/13_export.ipynb #c15
 class OnnxModel:
     "An exported network in ONNX Runtime, called as TinyDiT is: (xt, t, y) -> predicted clean images."
     def __init__(self,
@@ -143,7 +143,7 @@ class OnnxModel:
         arrays = {name: values.numpy() for name, values in inputs.items()}
         return torch.from_numpy(self.session.run(["x_hat"], arrays)[0])
 
-# %% ../nbs/13_export.ipynb #c25
+# %% ../nbs/13_export.ipynb #c24
 MAX_PAGE_MB = 64 # of the ONNX file: what a visitor has to download
 
 def _self_test(model, weights, seed=0, t=.5, cfg_scale=1.5, values=32):
@@ -178,7 +178,7 @@ def _describe(model, run):
     return dict(run=run, about=about, licence=licence, image_size=model.image_size,
                 classes=list(model.classes))
 
-# %% ../nbs/13_export.ipynb #c26
+# %% ../nbs/13_export.ipynb #c25
 _SETTINGS = dict(cfg_scale=(CfgScale, 1.5), num_steps=(SolverSteps, 8), seed=(Seed, 4))
 
 def _check_page(model, weights, solver, settings):
@@ -197,7 +197,7 @@ def _check_page(model, weights, solver, settings):
                              f"{MAX_PAGE_MB}: choose int8, or a smaller network")
     return settings
 
-# %% ../nbs/13_export.ipynb #c27
+# %% ../nbs/13_export.ipynb #c26
 def _write_network(folder, model, weights, test):
     "Write the ONNX file under a name that changes with its content, so that no browser keeps an old one."
     with tempfile.TemporaryDirectory() as there:
@@ -232,7 +232,7 @@ def write_page(
         old.unlink()
     return folder
 
-# %% ../nbs/13_export.ipynb #c28
+# %% ../nbs/13_export.ipynb #c27
 def main(
     words:list, # a command line: [RUN] [--file FILE] [--weights fp16] [--cfg-scale 1.5] [--num-steps 8] ...
 ):
