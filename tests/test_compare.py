@@ -9,6 +9,7 @@ from PIL import Image
 from test_evaluate import cells, extractor, project, trained
 from tinycats import metrics, runs
 from tinycats.checkpoint import load_latest
+from tinycats.dit import load_model
 
 ARM = dict(
     image_size=16, patch_size=4, dim=32, depth=1, num_heads=2, steps=20, batch_size=8, evaluations=2,
@@ -27,7 +28,11 @@ CHANGES = {
     "dropout": dict(dropout=.1),
     "augmented": dict(augment_prob=.2, augment_dim=5),
     "lr x 3": dict(lr=6e-3),
-    "lr / 3": dict(lr=2e-3/3)}
+    "lr / 3": dict(lr=2e-3/3),
+    "no weight decay": dict(weight_decay=0.),
+    "batch x 2": dict(batch_size=16, steps=10),
+    "classes x 10": {},
+    "convolution": {}}
 
 
 @pytest.fixture(autouse=True)
@@ -70,11 +75,41 @@ def test_ablation(project, extractor, monkeypatch):
     assert torch.equal(again["generated"]["velocity"], page["generated"]["velocity"])
 
 
+def test_arms_that_begin_with_trained_weights(project, extractor):
+    """Of its arms none needs another architecture; the two that change the network, and the one with a further
+    term of the loss, begin with what the trained network computes and learn something else."""
+    (project/"term.py").write_text("def load():\n    return lambda x_hat, x1, t: (x_hat - x1).abs().mean((1, 2, 3))\n")
+    arms = ["classes x 10", "convolution", "extra loss"]
+    weights = project/"outputs/tiny/ema.safetensors"
+    further = ARM | dict(patch_size=8, lr=1e-3, init_from=str(weights), extra_loss="term.py:load", arms=arms)
+    page = cells("ablation", **further, **extractor)
+    assert list(page["found"]) == ["recipe", *arms]
+    losses = [arm["curve"]["20"]["heldout"] for arm in page["found"].values()]
+    assert len(set(losses)) == len(losses)
+    assert not any("patch" in arm or arm == "velocity" for arm in cells("ablation", **further | dict(
+        arms=[], run="all"), **extractor)["changes"])
+
+    trained, x = load_model(weights), torch.randn(2, 3, 16, 16)
+    before = trained(x, torch.tensor([.3, .6]), torch.tensor([0, 5]))
+    for change in page["network_changes"].values():
+        model = load_model(weights)
+        change(model)
+        after = model(x, torch.tensor([.3, .6]), torch.tensor([0, 5]))
+        assert torch.allclose(after, before, atol=1e-5)
+        after.square().mean().backward()
+        new = [w for name, w in model.named_parameters() if "conv" in name or "y_embedder" in name]
+        assert all(w.grad.abs().sum() > 0 for w in new)
+
+
 REFUSED_ABLATIONS = [
     (dict(arms=["speed"]), ("arms='speed'", "velocity")),
-    (dict(evaluations=3), ("evaluations=3", "steps 20")),
+    (dict(evaluations=3), ("evaluations=3", "steps 20 is no multiple of 6")),
     (dict(patch_size=1, image_size=15), ("patch_size=1", "even")),
     (dict(data="heads", data_root="nowhere"), ("nowhere", "make data")),
+    (dict(init_from="outputs/never", arms=["less noise"]), ("init_from='outputs/never'", "no weights")),
+    (dict(init_from="outputs/tiny", arms=["less noise"]), ("init_from='outputs/tiny'", "-p patch_size 8")),
+    (dict(arms=["extra loss"]), ("arms='extra loss'", "choose among")),
+    (dict(extra_loss="nothing.py:load", arms=["extra loss"]), ("extra_loss='nothing.py:load'",)),
     (dict(steps=40), ("with steps 20, not 40", "another name"))]
 
 
@@ -87,6 +122,8 @@ def test_refused_ablations(project, extractor, change, words):
     for word in words:
         assert word in str(e.value)
     assert "\n" not in str(e.value)
+    if "steps" not in change:
+        assert not (project/"outputs/ablation").exists() # nothing was trained before
 
 
 def test_ablation_of_real_cats(project, extractor, monkeypatch):

@@ -88,7 +88,7 @@ def test_every_setting_is_a_parameter_of_train():
 @pytest.mark.parametrize("page, name", [
     ("train", "full"), ("train", "pets128"), ("train", "pets64"), ("train", "toy"), ("train", "sweep"),
     ("train", "pets128_patch8"), ("train", "pets64_second"), ("evaluate", "evaluate_pets"),
-    ("ablation", "ablation64"), ("ablation", "ablation128")])
+    ("ablation", "ablation64"), ("ablation", "ablation64_further"), ("ablation", "ablation128")])
 def test_parameter_files_are_accepted(page, name):
     "Each file means what it says: nothing in it is unknown, refused or changed by coercion."
     declared = notebook_params(ROOT/"nbs"/f"{page}.ipynb")
@@ -101,7 +101,7 @@ def test_parameter_files_are_accepted(page, name):
 def test_every_parameter_file_is_tested():
     files = {path.stem for path in (ROOT/"nbs/params").glob("*.yaml")}
     tested = {"full", "pets128", "pets128_patch8", "pets64", "pets64_second", "toy", "sweep"}
-    assert files == tested | {"evaluate_pets", "ablation64", "ablation128"}
+    assert files == tested | {"evaluate_pets", "ablation64", "ablation64_further", "ablation128"}
 
 
 def test_the_full_recipe():

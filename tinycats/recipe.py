@@ -135,7 +135,13 @@ def _as_argument(value):
 def _load_weights(source):
     "The network of a run, or of a file with weights."
     path = find_path(source)
-    return load_model(path) if path.is_file() and path.suffix == ".safetensors" else load_run(source)
+    if path.is_file() and path.suffix == ".safetensors":
+        return load_model(path)
+    try:
+        return load_run(source)
+    except ParameterError as e: # which speaks of run=
+        reason = str(e).removeprefix(f"run={str(source)!r}: ")
+        raise ParameterError(f"init_from={str(source)!r}: {reason}") from None
 
 def _move_rows(rows, classes, new_classes):
     "The table of class embeddings for other classes; its last row is the null class."

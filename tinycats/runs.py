@@ -125,7 +125,7 @@ def _default_file(run, ema, raw):
     if not files:
         runs = ", ".join(Path(found).name for found in find_runs()) or "there is none: make demo"
         raise ParameterError(f"run={str(run)!r}: {run_folder(run)} holds no weights; "
-                             f"name a run that does ({runs}), or a file with weights=")
+                             f"name a run that does ({runs}), or a file of weights")
     first_decay = read_config(run).get("ema_decay", [None])[0]
     name = "model" if raw else "ema" if ema in (None, first_decay) else f"ema_{ema}"
     path = files.get(f"{name}.safetensors", [*files.values()][-1])
