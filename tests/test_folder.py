@@ -166,6 +166,13 @@ def test_warm_start_with_other_classes(project):
     with pytest.raises(ParameterError, match="give -p patch_size 8, or leave init_from out"):
         cells("train", **TINY | dict(run="third", data_root="more", init_from="outputs/first", patch_size=4))
     assert not (project/"outputs/third/checkpoints").exists()
+    before = (project/"outputs/second/config.json").read_text()
+    for other in (None, "outputs/third"):
+        with pytest.raises(ParameterError, match="began with init_from='outputs/first': give that again"):
+            cells("train", **TINY | dict(run="second", data_root="more", init_from=other, steps=1))
+    assert (project/"outputs/second/config.json").read_text() == before
+    with pytest.raises(FileExistsError, match="resume"):
+        cells("train", **TINY | dict(run="second", data_root="more", init_from="outputs/first", resume="never"))
 
 
 def test_a_recipe_is_chosen_and_kept(project, monkeypatch, capsys):
