@@ -33,7 +33,9 @@ REPORTS = dict(
     train="outputs/toy/train.ipynb", evaluate="outputs/toy/evaluation/site/evaluate.ipynb",
     settings="outputs/pets64/first/settings/settings.ipynb",
     ablation="outputs/ablation/heads64/ablation.ipynb", bench="outputs/bench/bench.ipynb")
-FURTHER = dict(pets64_train="outputs/pets64/train.ipynb")  # reports that are pages of their own
+FURTHER = dict(  # reports that are pages of their own, beside those above
+    pets64_train="outputs/pets64/train.ipynb",
+    further_ablation="outputs/ablation/heads64_further/ablation.ipynb")
 NAVIGATION = {
     "The book": {
         "The network": "00_data 01_dit 02_flow 03_ema",
@@ -44,8 +46,10 @@ NAVIGATION = {
         "Appendices": "a1_util a2_core a3_toy a4_package references"},
     "Runs and studies": {
         "Pages that run": "train evaluate compare_ema explore sweep",
-        "Studies": "real_cats pets64_train settings ablation bench scaling"}}
-TITLES = dict(train="Train: toy cats", pets64_train="Train: real cats")
+        "Studies": "real_cats pets64_train settings ablation further_ablation bench scaling"}}
+TITLES = dict(
+    train="Train: toy cats", pets64_train="Train: real cats",
+    ablation="Ablation: from random weights", further_ablation="Ablation: from trained weights")
 
 LINK = re.compile(r'(!?\[[^\]]*\]\(|(?:src|href)=")(?![a-z]+:|/)([^)"\s]*)')
 CLAIM = re.compile(r"^\s*(assert\b|assert_close|test_(eq|ne|close|fail|is|eq_type|stdout)\()", re.M)
@@ -287,10 +291,11 @@ def evaluate_report():
 
 def notes(book, name):
     "A line below the title: where the page comes from, and of a page that runs, which report this is."
-    notebook = f"[the notebook]({book.blob}/nbs/{name.removeprefix('pets64_')}.ipynb)"
-    path = book.pages[name].relative_to(ROOT).as_posix()
-    if path.startswith("outputs"):
-        run = path.split("/")[1]
+    page = book.pages[name]
+    notebook = f"[the notebook]({book.blob}/nbs/{page.name})"
+    if ROOT/"outputs" in page.parents:
+        parts = page.relative_to(ROOT/"outputs").parts
+        run = parts[1] if parts[0] == "ablation" else parts[0]
         made = "made with this site" if name == "evaluate" else "with the code that it was made with"
         return f"!!! report \"The report of the run `{run}`, {made}. See {notebook}.\""
     if name == "explore":

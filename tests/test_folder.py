@@ -171,8 +171,9 @@ def test_warm_start_with_other_classes(project):
         with pytest.raises(ParameterError, match="began with init_from='outputs/first': give that again"):
             cells("train", **TINY | dict(run="second", data_root="more", init_from=other, steps=1))
     assert (project/"outputs/second/config.json").read_text() == before
+    again = dict(run="second", data_root="more", init_from="outputs/first", resume="never")
     with pytest.raises(FileExistsError, match="resume"):
-        cells("train", **TINY | dict(run="second", data_root="more", init_from="outputs/first", resume="never"))
+        cells("train", **TINY | again)
 
 
 def test_a_recipe_is_chosen_and_kept(project, monkeypatch, capsys):

@@ -70,7 +70,7 @@ def test_no_directive_is_left(site):
 
 
 def test_pages_that_run_show_their_results(site):
-    for name in ("train", "settings", "ablation", "bench", "compare_ema", "pets64_train"):
+    for name in ("train", "settings", "ablation", "bench", "compare_ema", "pets64_train", "further_ablation"):
         assert f'src="files/{name}_0.' in (site/f"{name}.html").read_text(encoding="utf-8"), name
 
 
@@ -257,7 +257,7 @@ def telephone(browser, address):
 
 
 @needs_chromium
-@pytest.mark.parametrize("name", NOTEBOOKS + ["pets64_train", "reference/trainer"])
+@pytest.mark.parametrize("name", NOTEBOOKS + ["pets64_train", "further_ablation", "reference/trainer"])
 def test_formulas_are_drawn_and_a_page_fits_a_telephone(telephone, name):
     tab, foreign = telephone
     tab.goto(f"{name}.html", wait_until="domcontentloaded")
