@@ -348,7 +348,10 @@ def write_pages(book):
     (docs/"reference").mkdir()
     shutil.copytree(ROOT/"docs"/"assets", docs/"assets")
     for name in book.pages:
-        text = below_title(PageWriter(book, name).write(), notes(book, name))
+        text = PageWriter(book, name).write()
+        if name in TITLES:  # several reports of one notebook
+            text = re.sub(r"^# .*", f"# {TITLES[name]}", text, count=1)
+        text = below_title(text, notes(book, name))
         if name in DRAWING_PAGES:
             text = DRAWING_PAGES[name](text)
         (docs/f"{name}.md").write_text(text, encoding="utf-8")

@@ -168,12 +168,16 @@ def test_warm_start_with_other_classes(project):
     assert not (project/"outputs/third/checkpoints").exists()
     before = (project/"outputs/second/config.json").read_text()
     for other in (None, "outputs/third"):
-        with pytest.raises(ParameterError, match="began with init_from='outputs/first': give that again"):
+        with pytest.raises(ParameterError, match="began with -p init_from outputs/first: give that"):
             cells("train", **TINY | dict(run="second", data_root="more", init_from=other, steps=1))
     assert (project/"outputs/second/config.json").read_text() == before
     again = dict(run="second", data_root="more", init_from="outputs/first", resume="never")
     with pytest.raises(FileExistsError, match="resume"):
         cells("train", **TINY | again)
+    checkpoint, = (project/"outputs/second/checkpoints").glob("*.pt")
+    with pytest.raises(ParameterError, match="init_from='outputs/first': .* leave one of them out"):
+        cells("train", **TINY | again | dict(run="branch", resume=str(checkpoint)))
+    assert not (project/"outputs/branch").exists()
 
 
 def test_a_recipe_is_chosen_and_kept(project, monkeypatch, capsys):

@@ -74,6 +74,14 @@ def test_pages_that_run_show_their_results(site):
         assert f'src="files/{name}_0.' in (site/f"{name}.html").read_text(encoding="utf-8"), name
 
 
+def test_reports_of_one_notebook_differ_by_their_titles(site):
+    runs = dict(ablation="heads64", further_ablation="heads64_further", pets64_train="pets64")
+    for name, run in runs.items():
+        text = (site/f"{name}.html").read_text(encoding="utf-8")
+        assert re.search(rf"<h1[^>]*>{build.TITLES[name]}", text), name
+        assert f"the run <code>{run}</code>" in text, name
+
+
 def test_names_in_the_text_lead_to_the_reference(site):
     text = (site/"05_trainer.html").read_text(encoding="utf-8")
     assert 'href="reference/trainer.html#accumulate_grads"' in text
