@@ -31,7 +31,7 @@ MAX_TEXT = 15   # lines of printed text; more are folded
 # The report that stands in for a page that runs. That of `evaluate` is made by the build.
 REPORTS = dict(
     train="outputs/toy/train.ipynb", evaluate="outputs/toy/evaluation/site/evaluate.ipynb",
-    settings="outputs/pets64/first/settings/settings.ipynb",
+    settings="outputs/pets64/settings/settings.ipynb",
     ablation="outputs/ablation/heads64/ablation.ipynb", bench="outputs/bench/bench.ipynb")
 FURTHER = dict(  # reports that are pages of their own, beside those above
     pets64_train="outputs/pets64/train.ipynb",
