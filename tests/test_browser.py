@@ -31,6 +31,7 @@ from tinycats.explorer import generate_from_settings, image_settings, sheet
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = needs_chromium
 
+only_long = pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
 ROOT = Path(__file__).resolve().parents[1]
 DONE = "finished after"
 FRUIT = ["Granny Smith", "conférence", "<b>plum & co</b>"]  # names of folders
@@ -300,7 +301,7 @@ def test_voila_answers_to_this_machine_alone(home):
         assert status_for(address, "elsewhere.example") == 403
 
 
-@pytest.mark.parametrize("kind", ["lab", "voila"])
+@pytest.mark.parametrize("kind", ["lab", pytest.param("voila", marks=only_long)])
 def test_explore(kind, browser, home, tmp_path):
     if kind == "voila":
         pytest.importorskip("voila", reason="voila is not installed")

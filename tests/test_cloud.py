@@ -157,6 +157,7 @@ def undisturbed(pets, tmp_path_factory):
 
 # -- In containers -------------------------------------------------------------------------------------------
 
+@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="one and a half minutes; TINYCATS_LONG=1")
 def test_sweep_of_three_interrupted_three_times(tmp_path, pets, undisturbed):
     """The data are prepared once, and three containers run side by side. SIGINT to the main process of the
     first, SIGINT to all processes of the second, kill -9 for the third."""

@@ -572,6 +572,7 @@ trainer.train_step = train_step""",
     """plot_curves(read_records(Path("run")))"""]
 
 
+@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
 def test_output_does_not_grow_without_end(tmp_path, monkeypatch):
     "200,000 steps, as far as logging goes: a record every 25 of them, and a page of less than 5 MB."
     import nbformat

@@ -141,6 +141,7 @@ def test_refused_before_the_first_step(tmp_path, monkeypatch, params, words):
     assert not (tmp_path/"outputs/b/metrics.jsonl").exists()
 
 
+@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
 def test_real_cats_at_full_size(tmp_path):
     "The full recipe, cut short."
     pets = shared("oxford-iiit-pet")

@@ -218,6 +218,7 @@ def test_the_module_of_the_cloud_names_its_extra_too(bare, tmp_path):
     assert (done.returncode, done.stderr) == (1, "modal is not installed: pip install 'tinycats[cloud]'\n")
 
 
+@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
 def test_with_lab_it_trains_20_steps(full, tmp_path):
     "In a folder below one with a settings.ini of somebody else."
     (tmp_path/"settings.ini").write_text("[DEFAULT]\nlib_name = of_somebody_else\n")
