@@ -1,4 +1,5 @@
-"What several tests need: material that a user of tinycats does not have, and the browser."
+"What several tests need: material that a user of tinycats does not have, the browser, and time."
+import os
 import shutil
 from pathlib import Path
 
@@ -6,7 +7,13 @@ import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here")
+LONG = "TINYCATS_LONG" in os.environ
 SHARED = Path(__file__).resolve().parents[2]/"shared"
+
+
+def slow(time):
+    "A mark for a test that takes so long; it runs where TINYCATS_LONG is set."
+    return pytest.mark.skipif(not LONG, reason=f"{time}; TINYCATS_LONG=1")
 
 
 def has_shared(name):

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
-from helpers import needs_chromium
+from helpers import needs_chromium, slow
 from PIL import Image
 
 from tinycats.dit import TinyDiT, load_model, save_model
@@ -31,7 +31,6 @@ from tinycats.explorer import generate_from_settings, image_settings, sheet
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = needs_chromium
 
-only_long = pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
 ROOT = Path(__file__).resolve().parents[1]
 DONE = "finished after"
 FRUIT = ["Granny Smith", "conférence", "<b>plum & co</b>"]  # names of folders
@@ -301,7 +300,7 @@ def test_voila_answers_to_this_machine_alone(home):
         assert status_for(address, "elsewhere.example") == 403
 
 
-@pytest.mark.parametrize("kind", ["lab", pytest.param("voila", marks=only_long)])
+@pytest.mark.parametrize("kind", ["lab", pytest.param("voila", marks=slow("half a minute"))])
 def test_explore(kind, browser, home, tmp_path):
     if kind == "voila":
         pytest.importorskip("voila", reason="voila is not installed")

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from helpers import has_shared, shared
+from helpers import LONG, has_shared, shared, slow
 from test_folder import write_pictures
 from tinycats import cloud
 from tinycats.checkpoint import list_checkpoints
@@ -157,7 +157,7 @@ def undisturbed(pets, tmp_path_factory):
 
 # -- In containers -------------------------------------------------------------------------------------------
 
-@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="one and a half minutes; TINYCATS_LONG=1")
+@slow("one and a half minutes")
 def test_sweep_of_three_interrupted_three_times(tmp_path, pets, undisturbed):
     """The data are prepared once, and three containers run side by side. SIGINT to the main process of the
     first, SIGINT to all processes of the second, kill -9 for the third."""
@@ -293,7 +293,7 @@ def test_pictures_of_ones_own(tmp_path):
         assert config["data_root"] == "mine"
     (packed,) = volume(tmp_path, cloud.DATA_VOLUME).glob("folders/*")
     assert (volume(tmp_path)/"one/.pictures").read_text() == packed.stem
-    if "TINYCATS_LONG" not in os.environ:
+    if not LONG:
         return
     quick = flags(run="one", samples=1, num_steps=2, fid="false", precision="fp32")
     summary, done = run_offline(tmp_path, PYTHON, "--notebook", "evaluate", *quick)
@@ -359,7 +359,7 @@ def test_a_missing_run_is_refused_before_a_container_starts(tmp_path, command):
     assert "run='nowhere'" in done.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
+@slow("half a minute")
 def test_evaluate_in_a_container(tmp_path, pets, undisturbed):
     fill_data_volume(tmp_path, pets)
     shutil.copytree(undisturbed["folder"], volume(tmp_path)/"pets")

@@ -9,6 +9,7 @@ import sys
 import modal
 import pytest
 import torch
+from helpers import LONG, slow
 from PIL import Image
 from modal.volume import FileEntry, FileEntryType
 from test_evaluate import cells
@@ -95,10 +96,8 @@ def check_explorer(run, names):
         explorer.close()
 
 
-only_long = pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="six seconds; TINYCATS_LONG=1")
-
-
-@pytest.mark.parametrize("k, per_class", [(1, 24), (3, 8), pytest.param(20, 4, marks=only_long), (37, 4)])
+@pytest.mark.parametrize("k, per_class", [
+    (1, 24), (3, 8), pytest.param(20, 4, marks=slow("six seconds")), (37, 4)])
 def test_any_number_of_classes(k, per_class, project, monkeypatch):
     "All that follows the training works with a run as it was downloaded from a cloud."
     write_pictures(project/"mine", k, per_class)
@@ -114,7 +113,7 @@ def test_any_number_of_classes(k, per_class, project, monkeypatch):
     bring_home(folder, project/"volume", monkeypatch)
 
     (project/"features.py").write_text(COLOURS)
-    with_classifier = k == 1 and "TINYCATS_LONG" in os.environ
+    with_classifier = k == 1 and LONG
     features = "classes" if with_classifier else "features.py:colours"
     evaluated = cells("evaluate", run="own", features=features, **EVALUATION)
     assert evaluated["real"].classes == names

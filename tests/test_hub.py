@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import slow
 
 from hub_server import TOKEN, hub_server
 from tinycats.dit import TinyDiT, load_model, save_model
@@ -81,7 +82,7 @@ print(sorted(HfApi().list_repo_files("user/mine")))""")
     assert b'load_model("user/mine")' in files["README.md"]
 
 
-@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
+@slow("half a minute")
 def test_a_second_push_replaces_and_revisions_stay(hub, project):
     assert run(project, hub, PUSH.format(""))[0] == 0
     first = hub.repos["user/mine"]["refs"]["main"]
@@ -103,7 +104,7 @@ def test_a_private_repository_needs_its_token(hub, project):
     assert error.startswith("PermissionError: user/mine: the Hub knows no such repository, or wants a token")
 
 
-@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
+@slow("half a minute")
 def test_what_is_in_the_cache_needs_no_network(hub, project):
     assert run(project, hub, PUSH.format(""))[0] == 0
     assert run(project, hub, LOAD.format("'user/mine'"))[0] == 0

@@ -15,6 +15,7 @@ from statistics import median
 import psutil
 import pytest
 import torch
+from helpers import slow
 from PIL import Image
 
 from test_checkpoint import child, kill, wait_for
@@ -325,7 +326,7 @@ def test_killed_processes_are_restarted(tmp_path):
     assert_same_course(tmp_path/"run", tmp_path/"once")
 
 
-@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="a minute; TINYCATS_LONG=1")
+@slow("a minute")
 def test_a_hanging_process_is_replaced(tmp_path, monkeypatch):
     "A process that does not answer is ended by the launcher, and the run goes on as if nothing had been."
     monkeypatch.setattr(parallel, "TIMEOUT_S", 5.)
@@ -371,7 +372,7 @@ def test_the_ranks_share_the_images(tmp_path, where):
     assert_same_course(tmp_path/"run", tmp_path/"once")
 
 
-@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
+@slow("half a minute")
 def test_given_up_after_so_many_restarts(tmp_path, monkeypatch):
     "One line that names the process; what it had reached is saved, and the same command goes on from there."
     monkeypatch.setattr(parallel, "MAX_RESTARTS", 0)
@@ -388,7 +389,7 @@ def test_given_up_after_so_many_restarts(tmp_path, monkeypatch):
     assert [r["step"] for r in read_records(tmp_path/"run")] == list(range(1, saved + 1))
 
 
-@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
+@slow("half a minute")
 def test_stopped_while_processes_train(tmp_path):
     "Ctrl-C, SIGTERM and kill -9 for the process that started them: they save once, and none is left."
     def work(name):

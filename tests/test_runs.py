@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from helpers import slow
 
 from test_checkpoint import KILLS, child, kill, small_disk, wait_for
 from tinycats.checkpoint import CheckpointError, RunLock, list_checkpoints, load_latest
@@ -572,7 +573,7 @@ trainer.train_step = train_step""",
     """plot_curves(read_records(Path("run")))"""]
 
 
-@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
+@slow("half a minute")
 def test_output_does_not_grow_without_end(tmp_path, monkeypatch):
     "200,000 steps, as far as logging goes: a record every 25 of them, and a page of less than 5 MB."
     import nbformat

@@ -1,7 +1,6 @@
 """The web site of the book: every page is there, every link leads somewhere, formulas and diagrams are drawn,
 and nothing comes from another host. Nothing is run here, so that the site is there in seconds."""
 import ast
-import os
 import re
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from helpers import needs_chromium
+from helpers import needs_chromium, slow
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/"docs"))
@@ -309,7 +308,7 @@ def test_a_click_embeds_the_page_that_draws(telephone):
 
 
 @needs_chromium
-@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="a minute; TINYCATS_LONG=1")
+@slow("a minute")
 def test_both_pages_that_draw_do(site, telephone):
     pytest.importorskip("onnxruntime")
     build.write_browser_page(site)

@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 
 import nbformat, pytest, tinycats, torch
-from helpers import shared
+from helpers import shared, slow
 from PIL import Image
 from test_evaluate import cells
 from tinycats.checkpoint import list_checkpoints, load_checkpoint
@@ -141,7 +141,7 @@ def test_refused_before_the_first_step(tmp_path, monkeypatch, params, words):
     assert not (tmp_path/"outputs/b/metrics.jsonl").exists()
 
 
-@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
+@slow("half a minute")
 def test_real_cats_at_full_size(tmp_path):
     "The full recipe, cut short."
     pets = shared("oxford-iiit-pet")

@@ -1,13 +1,13 @@
 """What a type checker sees of tinycats: every public name with its type, signatures without contradictions,
 and the mistakes of a user's program."""
 import ast
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import slow
 
 pytest.importorskip("mypy", reason="mypy is not installed")
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ WRONG = ['load_model(3)', 'sample(model, [0], num_steps="many")', 'TinyDiT(image
          'write_page("toy", num_steps=None)', 'push_to_hub("toy")']
 
 
-pytestmark = pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
+pytestmark = slow("half a minute")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
+from helpers import slow
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -218,7 +219,7 @@ def test_the_module_of_the_cloud_names_its_extra_too(bare, tmp_path):
     assert (done.returncode, done.stderr) == (1, "modal is not installed: pip install 'tinycats[cloud]'\n")
 
 
-@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
+@slow("half a minute")
 def test_with_lab_it_trains_20_steps(full, tmp_path):
     "In a folder below one with a settings.ini of somebody else."
     (tmp_path/"settings.ini").write_text("[DEFAULT]\nlib_name = of_somebody_else\n")
@@ -237,7 +238,7 @@ def test_with_lab_it_trains_20_steps(full, tmp_path):
     assert not (tmp_path/"mine/outputs/absent").exists()
 
 
-@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="half a minute; TINYCATS_LONG=1")
+@slow("half a minute")
 def test_the_cloud_from_a_wheel(full, tmp_path):
     done = run(full, tmp_path, *"-m tinycats.cloud --params full --dry-run".split())
     assert done.returncode == 0, done.stdout + done.stderr
@@ -252,7 +253,7 @@ def test_the_cloud_from_a_wheel(full, tmp_path):
     assert (tmp_path/"outputs"/"one"/"ema.safetensors").exists()
 
 
-@pytest.mark.skipif("TINYCATS_LONG" not in os.environ, reason="two minutes; TINYCATS_LONG=1")
+@slow("two minutes")
 def test_every_command_of_a_stranger_ends_well(full, tmp_path):
     "In an empty HOME, below a settings.ini of somebody else; each command says what to do with its result."
     (tmp_path/"settings.ini").write_text("[DEFAULT]\nlib_name = of_somebody_else\n")
